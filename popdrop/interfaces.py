@@ -1,0 +1,149 @@
+"""Every zope Interface of Popdrop, and only interfaces.
+
+Asynchronous methods are declared `-> Awaitable[T]`: a coroutine function and a function that
+returns a `Deferred` both conform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Collection
+from typing import TYPE_CHECKING
+
+from zope.interface import Attribute, Interface
+
+if TYPE_CHECKING:
+    from twisted.internet.interfaces import IAddress
+
+    from popdrop.listing import Listing
+    from popdrop.values import Account, Owner, SessionRecord, Source
+
+
+class IStore(Interface):
+    """Where maildrops are kept, as the reactor sees it."""
+
+    def open(owner: Owner) -> Awaitable[IMaildrop]:
+        """Take exclusive hold and photograph.
+
+        Raises `InUse`, `NoSuchOwner`, `TemporaryFailure`, `PermanentFailure`.
+        """
+
+
+class IMaildrop(Interface):
+    """One maildrop, held by one session."""
+
+    listing: Listing = Attribute(
+        "Sizes (octets as sent), fixed for the session; ids once `identify` has fired."
+    )
+
+    def identify() -> Awaitable[None]:
+        """Fill in the ids that the listing does not hold yet. Once; in a thread."""
+
+    def ready(index: int, lines: int | None) -> bytes | None:
+        """All of a small message at once, if that needs no waiting; else `None`.
+
+        As `fetch`, but never blocks: the message is short and its pages are in memory.
+        """
+
+    def fetch(index: int, lines: int | None) -> Awaitable[IBlocks]:
+        """Message `index` (0-based) as wire-ready blocks; `lines` limits the body (TOP)."""
+
+    def commit(deleted: Collection[int]) -> Awaitable[None]:
+        """Remove exactly these (0-based), all or nothing, and be on disk when this fires."""
+
+    def release() -> Awaitable[None]:
+        """Let go. Idempotent, never fails, legal at any moment, after commit or without.
+
+        Nobody has to wait for it; it fires when the maildrop is free for the next session.
+        """
+
+
+class IBlocks(Interface):
+    """One message on its way out, dot-stuffed, ended by `.` CRLF."""
+
+    def read() -> Awaitable[bytes]:
+        """The next block, `b""` at the end."""
+
+    def close() -> None:
+        """No more blocks are wanted. Idempotent."""
+
+
+class IBlockingStore(Interface):
+    """What mbox and Maildir implement: plain blocking Python, called in threads."""
+
+    def open(owner: Owner) -> IBlockingMaildrop:
+        """One try, no waiting: raises `Busy` when another holds a lock."""
+
+
+class IBlockingMaildrop(Interface):
+    """One maildrop of a blocking store. Calls come one after another, from any thread."""
+
+    listing: Listing = Attribute("As `IMaildrop.listing`.")
+
+    def identify() -> None:
+        """As `IMaildrop.identify`: replaces `listing` by one with ids."""
+
+    def source(index: int) -> Source:
+        """Where message `index` (0-based) lies. Does no input or output."""
+
+    def commit(deleted: Collection[int]) -> None:
+        """Remove these (0-based). Raises `Busy` before any write; all or nothing; on disk."""
+
+    def release() -> None:
+        """Let go. Idempotent, never raises."""
+
+
+class IStoreFactory(Interface):
+    """The strcred of stores: a plugin that makes a store from a `--store` string."""
+
+    kind: str = Attribute("Prefix in `--store`, as `mbox`.")
+    help: str = Attribute("One paragraph for `--help`: the arguments and their defaults.")
+
+    def make(reactor: object, state_dir: str, *args: str, **kwargs: str) -> object:
+        """An `IStore` or an `IBlockingStore`. Raises `ConfigError`.
+
+        `state_dir` is a folder of ours for locks and indexes.
+        """
+
+
+class IAccounts(Interface):
+    """Where accounts are kept."""
+
+    def lookup(name: bytes) -> Account | None:
+        """Blocking. Raises `TemporaryFailure` or `PermanentFailure`, never guesses."""
+
+
+class ITicket(Interface):
+    """One login attempt, open until it is closed. An open one counts as a failure."""
+
+    def close(outcome: str) -> None:
+        """`good`, `bad` or `void` (nobody's fault: `[IN-USE]`, `[SYS/...]`). Idempotent."""
+
+
+class IThrottle(Interface):
+    """Connection and attempt budget; per process or shared."""
+
+    floor: float = Attribute(
+        "Seconds after its receipt at which a failed login is answered at the earliest."
+    )
+
+    def admit(peer: IAddress) -> bool:
+        """May this connection stay? Each `True` is paid back by one `leave`."""
+
+    def attempt(peer: IAddress, user: bytes, proof: bytes | None) -> Awaitable[ITicket]:
+        """A budgeted attempt. `proof` is an HMAC of user and secret, or `None` (decision 24)."""
+
+    def delay(peer: IAddress, user: bytes) -> float:
+        """Seconds after its receipt at which a failed login of these is answered."""
+
+    def leave(peer: IAddress) -> None:
+        """The connection that `admit` let in is gone."""
+
+
+class ISessionLog(Interface):
+    """A sink of session events."""
+
+    def event(record: SessionRecord) -> None:
+        """At each login, at each failure and at the end of a session. Never raises."""
+
+    def close() -> None:
+        """Let go of files. Idempotent."""

@@ -1,0 +1,162 @@
+"""Plain frozen values that every room may know."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import final
+
+
+@final
+class Secret:
+    """Octets that refuse to be printed, formatted or pickled.
+
+    The type, not each call, keeps passwords out of logs and tracebacks.
+    """
+
+    __slots__ = ("_octets",)
+
+    def __init__(self, octets: bytes) -> None:
+        self._octets = octets
+
+    def reveal(self) -> bytes:
+        """The octets themselves. The name makes each use easy to find."""
+        return self._octets
+
+    def __repr__(self) -> str:
+        return "<Secret>"
+
+    __str__ = __repr__
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("a Secret cannot be pickled")
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """What is known of one account: its verifiers and the facts a policy asks for.
+
+    `name` is the canonical name; a verifier that is absent is `None`.
+    `version` changes with every change of the account.
+    `uid`, `gid` and `home` are those of the system account of that name, if there is one.
+    """
+
+    name: bytes
+    password_hash: Secret | None = None
+    apop_secret: Secret | None = None
+    disabled: bool = False
+    version: int = 0
+    uid: int | None = None
+    gid: int | None = None
+    home: str | None = None
+
+    @property
+    def has_apop(self) -> bool:
+        """Whether this account logs in by APOP, so that cleartext is refused to it."""
+        return self.apop_secret is not None
+
+
+class Verified(bytes):
+    """An avatar id that brings the account it was verified against.
+
+    It is an ordinary canonical name to any realm; Popdrop's realm is spared a second look-up.
+    """
+
+    account: Account
+
+    def __new__(cls, account: Account) -> Verified:
+        verified = super().__new__(cls, account.name)
+        verified.account = account
+        return verified
+
+
+@dataclass(frozen=True, slots=True)
+class Owner:
+    """Whose maildrop a store is asked to open.
+
+    `user` and `domain` fill path templates; neither is ever empty, `.`, `..`, or holds a `/`
+    (`policy.acceptable_name`), but `domain` may be `""`. `uid` is that of the system account of
+    that name, or `None` for a virtual user.
+    """
+
+    user: str
+    domain: str = ""
+    home: str | None = None
+    uid: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where the stored octets of one message lie, and how they become octets as sent.
+
+    `fd`        an open descriptor; it stays open until the maildrop is released
+    `offset`    of the first octet of the message (behind the From_ line), in octets, 0-based
+    `length`    in octets as stored
+    `octets`    in octets as sent: CRLF counted, dot-stuffing and the final dot not (RFC 1939 5)
+    `strip`     lower-case names of header fields that are not sent
+    `unquote`   whether `>From `, `>>From ` lose one `>` (mboxrd)
+    `unchanged` cheap (one fstat), may be called in the reactor: nothing touched the file since
+                the photograph or the last `verify`
+    `verify`    blocking: under the store's locks, is this still the same message? Raises
+                `TemporaryFailure` when it is not, `Busy` when a lock is held by another
+    """
+
+    fd: int
+    offset: int
+    length: int
+    octets: int
+    strip: frozenset[bytes] = frozenset()
+    unquote: bool = False
+    unchanged: Callable[[], bool] = field(default=lambda: True)
+    verify: Callable[[], None] = field(default=lambda: None)
+
+
+@dataclass(frozen=True, slots=True)
+class PeerFacts:
+    """What the shell knows of the other side of a connection.
+
+    `address` is the normalised IP address, `None` where there is none (`unix:`, `stdio:`).
+    `bindings` are TLS channel bindings by name (RFC 5929, RFC 9266).
+    """
+
+    address: str | None = None
+    port: int | None = None
+    local_port: int | None = None
+    tls_version: str | None = None
+    tls_cipher: str | None = None
+    bindings: Mapping[str, bytes] = field(default_factory=dict)
+    certificate_name: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What one session did: counts of messages, and octets as sent."""
+
+    retr: int = 0
+    retr_octets: int = 0
+    top: int = 0
+    top_octets: int = 0
+    deleted: int = 0
+    deleted_octets: int = 0
+    left: int = 0
+    left_octets: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class SessionRecord:
+    """One event for the session log.
+
+    `event` is `login`, `failure` (of a login) or `end`. `user` is as the client sent it, and so
+    raw: every emitter escapes it. `mechanism` is `USER`, `APOP` or a SASL mechanism. `reason` is
+    one of our own words (`apop-account`, `bad-credentials`, `timeout`, ...). `duration` is in
+    seconds since the connection was accepted.
+    """
+
+    event: str
+    peer: PeerFacts
+    user: bytes | None
+    mechanism: str | None
+    reason: str
+    duration: float
+    tally: Tally = field(default_factory=Tally)
+    listener: str = ""
