@@ -25,6 +25,11 @@ class PopdropError(Exception):
         self.text = text
         self.detail = detail
 
+    @property
+    def word(self) -> str:
+        """The code as the log's `reason=` word: `in-use`, `sys/temp`."""
+        return (self.code or b"error").decode("ascii").lower()
+
     def line(self) -> bytes:
         """The reply, without its line end."""
         code = b"" if self.code is None else b"[" + self.code + b"] "

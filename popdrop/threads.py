@@ -7,18 +7,14 @@ thread waits for a lock or a delay: those who must wait do so on reactor timers.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 from twisted.internet.defer import Deferred
 from twisted.internet.interfaces import IReactorFromThreads
-from twisted.logger import Logger
-from twisted.python.failure import Failure
 from twisted.python.threadpool import ThreadPool
 
 T = TypeVar("T")
 P = ParamSpec("P")
-
-log = Logger()
 
 
 class Pool:
@@ -43,14 +39,14 @@ class Pool:
         """
         done: Deferred[T] = Deferred()
 
-        def fire(succeeded: bool, result: T | Failure) -> None:
+        def fire(succeeded: bool, result: Any) -> None:
             if not done.called:
                 if succeeded:
-                    done.callback(result)  # type: ignore[arg-type]
+                    done.callback(result)
                 else:
                     done.errback(result)
 
-        def report(succeeded: bool, result: T | Failure) -> None:
+        def report(succeeded: bool, result: object) -> None:
             self._reactor.callFromThread(fire, succeeded, result)
 
         self._pool.callInThreadWithCallback(report, work, *args, **kwargs)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import final
@@ -36,7 +37,8 @@ class Secret:
 class Account:
     """What is known of one account: its verifiers and the facts a policy asks for.
 
-    `name` is the canonical name; a verifier that is absent is `None`.
+    `name` is the canonical name; a verifier that is absent is `None`. `apop_sealed` says that there
+    is an APOP secret which cannot be opened (its key is gone or another one).
     `version` changes with every change of the account.
     `uid`, `gid` and `home` are those of the system account of that name, if there is one.
     """
@@ -49,11 +51,12 @@ class Account:
     uid: int | None = None
     gid: int | None = None
     home: str | None = None
+    apop_sealed: bool = False
 
     @property
     def has_apop(self) -> bool:
         """Whether this account logs in by APOP, so that cleartext is refused to it."""
-        return self.apop_secret is not None
+        return self.apop_secret is not None or self.apop_sealed
 
 
 class Verified(bytes):
@@ -111,15 +114,32 @@ class Source:
     verify: Callable[[], None] = field(default=lambda: None)
 
 
+def normalised(host: str) -> str:
+    """The one form of an IP address that policy, throttle, logs and relay know (decision 25).
+
+    A v4-mapped IPv6 address (RFC 4291 section 2.5.5.2) becomes the IPv4 address, any other IPv6
+    address its shortest form (RFC 5952) without a zone. What is no IP address comes back as it is.
+    """
+    if ":" not in host:
+        return host
+    try:
+        address = ipaddress.IPv6Address(host.partition("%")[0])
+    except ValueError:
+        return host
+    return str(address.ipv4_mapped or address)
+
+
 @dataclass(frozen=True, slots=True)
 class PeerFacts:
     """What the shell knows of the other side of a connection.
 
     `address` is the normalised IP address, `None` where there is none (`unix:`, `stdio:`).
+    `address_trusted` is false where a proxy may have made it up: no rule for local peers holds.
     `bindings` are TLS channel bindings by name (RFC 5929, RFC 9266).
     """
 
     address: str | None = None
+    address_trusted: bool = True
     port: int | None = None
     local_port: int | None = None
     tls_version: str | None = None

@@ -1,0 +1,147 @@
+"""What a client has shown of itself, and which names and words are taken at all.
+
+The credentials are Twisted's (`twisted.cred.credentials`), so any checker understands them; these
+ones compare in constant time and refuse to be printed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import unicodedata
+from typing import final
+
+from pysasl.prep import saslprep
+from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
+from zope.interface import implementer
+
+from popdrop.errors import BadCredentials
+from popdrop.values import Secret
+
+FAILED = "Authentication failed."
+"""The one text of every failed login: it does not say which part was wrong (RFC 3206 4)."""
+
+NAME_OCTETS = 64
+_RESERVED_ENDINGS = (".lock", ".pop", ".popdrop")
+_UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
+
+
+def acceptable_name(name: bytes) -> bool:
+    """Whether `name` may become part of a path or a log line (decision 26).
+
+    Refused: empty; over 64 octets; not UTF-8; beginning with `.` or `-`; ending with `.`, or in any
+    case with `.lock`, `.pop`, `.popdrop`, which are names of files beside a spool; holding `/`,
+    NUL, or a control, format or line separating character.
+    """
+    if not 0 < len(name) <= NAME_OCTETS or name[0] in b".-" or name[-1] in b"." or b"/" in name:
+        return False
+    try:
+        text = name.decode("utf-8")
+    except UnicodeDecodeError:
+        return False
+    if text.lower().endswith(_RESERVED_ENDINGS):
+        return False
+    if text.isascii():
+        return text.isprintable()
+    return not any(unicodedata.category(character) in _UNPRINTABLE for character in text)
+
+
+def prepared(text: bytes) -> bytes:
+    """A name or password in UTF-8, as it is stored and compared: SASLprep (RFC 4013).
+
+    Printable ASCII stays as it is. Raises `BadCredentials` for what is not UTF-8, holds characters
+    that SASLprep prohibits (control characters among them), or vanishes altogether.
+    """
+    result = _prepared(text)
+    if result is None:
+        # Raised here and not where it was found out: the exceptions there quote the text.
+        raise BadCredentials(FAILED)
+    return result
+
+
+def _prepared(text: bytes) -> bytes | None:
+    try:
+        characters = text.decode("utf-8")
+        if characters.isascii() and characters.isprintable():
+            return text
+        return saslprep(characters).encode("utf-8") or None
+    except ValueError:
+        return None
+
+
+def _proof(key: bytes, user: bytes, secret: bytes) -> bytes:
+    return hmac.digest(key, user + b"\0" + secret, "sha256")
+
+
+@final
+@implementer(IUsernamePassword)
+class Cleartext:
+    """A name and a password, shown by USER and PASS or by a SASL mechanism.
+
+    `mechanism` is `USER`, `PLAIN` or `LOGIN`.
+    """
+
+    __slots__ = ("_password", "mechanism", "username")
+
+    def __init__(self, username: bytes, password: bytes, mechanism: str = "USER") -> None:
+        self.username = username
+        self.mechanism = mechanism
+        self._password = Secret(password)
+
+    @property
+    def password(self) -> bytes:
+        """The octets, for checkers that want them. Never log them."""
+        return self._password.reveal()
+
+    def checkPassword(self, password: bytes) -> bool:
+        """Whether `password` is the same, in constant time."""
+        return hmac.compare_digest(self._password.reveal(), password)
+
+    def proof(self, key: bytes) -> bytes:
+        """HMAC-SHA-256 of name and password: the same again for the same again (decision 24)."""
+        return _proof(key, self.username, self._password.reveal())
+
+    def __repr__(self) -> str:
+        return f"<Cleartext by {self.mechanism}>"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("credentials cannot be pickled")
+
+
+@final
+@implementer(IUsernameHashedPassword)
+class ApopCredentials:
+    """A name and the MD5 digest of challenge and shared secret (RFC 1939 section 7, APOP).
+
+    `challenge` is the msg-id of the greeting, angle brackets included. `digest` is what the client
+    sent, 32 hexadecimal digits; the RFC asks for lower case, both are taken.
+    """
+
+    __slots__ = ("_digest", "challenge", "username")
+
+    mechanism = "APOP"
+
+    def __init__(self, username: bytes, challenge: bytes, digest: bytes) -> None:
+        self.username = username
+        self.challenge = challenge
+        self._digest = Secret(digest)
+
+    @property
+    def digest(self) -> bytes:
+        """As the client sent it, for checkers that pass it on. Never log it."""
+        return self._digest.reveal()
+
+    def checkPassword(self, password: bytes) -> bool:
+        """Whether the client knows the secret `password`, in constant time."""
+        expected = hashlib.md5(self.challenge + password, usedforsecurity=False).hexdigest()
+        return hmac.compare_digest(self._digest.reveal().lower(), expected.encode("ascii"))
+
+    def proof(self, key: bytes) -> bytes:
+        """HMAC-SHA-256 of name and digest. Each challenge makes another one of the same secret."""
+        return _proof(key, self.username, self._digest.reveal().lower())
+
+    def __repr__(self) -> str:
+        return "<ApopCredentials>"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("credentials cannot be pickled")
