@@ -1,0 +1,14 @@
+"""The `popdrop` command, also as `python -m popdrop`."""
+
+from __future__ import annotations
+
+
+def main() -> None:
+    """Run the command line and exit: 0 done, 1 refused, 2 wrong usage."""
+    from popdrop.cli.main import popdrop
+
+    popdrop(prog_name="popdrop")
+
+
+if __name__ == "__main__":
+    main()

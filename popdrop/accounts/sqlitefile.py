@@ -1,0 +1,229 @@
+"""One SQLite file that only its owner can read: making it, looking at it, opening it.
+
+Beside `accounts.db` lie `accounts.db.key`, the key of the sealed secrets, and SQLite's own
+`accounts.db-wal` and `accounts.db-shm`. The file is never opened here by anything but SQLite while
+it is in use: closing a second descriptor would drop SQLite's locks (fcntl(2), record locks).
+"""
+
+from __future__ import annotations
+
+import os
+import secrets
+import sqlite3
+import stat
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from typing import Final, NamedTuple
+from urllib.parse import quote
+
+from popdrop.accounts.secrets import sync_folder
+from popdrop.errors import ConfigError
+
+PATIENCE: Final = 1.0
+"""Seconds that SQLite waits for a lock. In WAL mode readers wait for nobody."""
+
+_APPLICATION_ID: Final = 0x506F7064  # "Popd"
+
+# The statements of each step; `PRAGMA user_version` counts the steps done. A step that an older
+# server must not overlook renames the table it reads: its look-ups then fail, as they should.
+_MIGRATIONS: Final = (
+    (
+        "CREATE TABLE meta (name TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL) WITHOUT ROWID",
+        "CREATE TABLE account ("
+        " name BLOB PRIMARY KEY NOT NULL CHECK (typeof(name) = 'blob'),"
+        " disabled INTEGER NOT NULL DEFAULT 0,"
+        " version INTEGER NOT NULL,"
+        " changed INTEGER NOT NULL"
+        ") WITHOUT ROWID",
+        "CREATE TABLE verifier ("
+        " name BLOB NOT NULL REFERENCES account (name) ON DELETE CASCADE,"
+        " kind TEXT NOT NULL,"
+        " value BLOB NOT NULL,"
+        " PRIMARY KEY (name, kind)"
+        ") WITHOUT ROWID",
+    ),
+)
+
+
+class Seen(NamedTuple):
+    """What a look at the files found: which database and which key; `None`: there is no key."""
+
+    database: tuple[int, int]
+    key: tuple[int, int, int, int] | None
+
+
+class Opened(NamedTuple):
+    """A connection, the file it was opened on, and the id written in it."""
+
+    connection: sqlite3.Connection
+    seen: Seen
+    database_id: bytes
+
+
+class SqliteFile:
+    """The file and its connections. May be used from any thread; connections are kept for reuse."""
+
+    def __init__(self, path: str) -> None:
+        self.path = os.path.realpath(path)
+        self.folder = os.path.dirname(self.path)
+        self.key_path = self.path + ".key"
+        self._companions = (self.path + "-wal", self.path + "-shm")
+        self._idle: deque[Opened] = deque()
+
+    def create(self) -> bool:
+        """Make the empty file, mode 0600, and its folder, mode 0700. `False`: there is one.
+
+        What root makes in somebody's folder belongs to that somebody. Raises `ConfigError` when
+        others may write to the folder, and `OSError`.
+        """
+        os.makedirs(self.folder, mode=0o700, exist_ok=True)
+        self._look_at_folder()
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            descriptor = os.open(self.path, flags, 0o600)
+        except FileExistsError:
+            return False
+        try:
+            if os.geteuid() == 0:
+                facts = os.stat(self.folder)
+                os.fchown(descriptor, facts.st_uid, facts.st_gid)
+        finally:
+            os.close(descriptor)
+        sync_folder(self.folder)
+        return True
+
+    def look(self) -> Seen:
+        """Look at all files. Raises `ConfigError` where others have rights, and `OSError`.
+
+        Five system calls; the files themselves are not opened.
+        """
+        self._look_at_folder()
+        try:
+            facts = os.lstat(self.path)
+        except FileNotFoundError:
+            raise ConfigError(
+                f"{self.path}: no such accounts database;"
+                f" `popdrop user add --db {self.path} NAME` makes one"
+            ) from None
+        _private(self.path, facts.st_mode)
+        for companion in self._companions:
+            try:
+                _private(companion, os.lstat(companion).st_mode)
+            except FileNotFoundError:
+                continue
+        try:
+            key = os.lstat(self.key_path)
+        except FileNotFoundError:
+            return Seen((facts.st_dev, facts.st_ino), None)
+        _private(self.key_path, key.st_mode)
+        stamp = (key.st_dev, key.st_ino, key.st_size, key.st_mtime_ns)
+        return Seen((facts.st_dev, facts.st_ino), stamp)
+
+    @contextmanager
+    def use(self) -> Iterator[Opened]:
+        """A connection that nobody else has meanwhile, after a look at the files.
+
+        Raises `ConfigError`, `OSError`, `sqlite3.Error`.
+        """
+        seen = self.look()
+        opened = self._take(seen)
+        try:
+            yield opened
+        except BaseException:
+            opened.connection.close()
+            raise
+        self._idle.append(opened)
+
+    def close(self) -> None:
+        """Close the connections that are not in use."""
+        while self._idle:
+            self._idle.pop().connection.close()
+
+    def _look_at_folder(self) -> None:
+        if os.stat(self.folder).st_mode & 0o022:
+            raise ConfigError(
+                f"{self.folder}: group or others may write to the folder of the accounts database;"
+                f" give it a folder of its own, or chmod go-w {self.folder}"
+            )
+
+    def _take(self, seen: Seen) -> Opened:
+        while True:
+            try:
+                opened = self._idle.pop()
+            except IndexError:
+                return self._open(seen)
+            if opened.seen == seen:
+                return opened
+            if opened.seen.database == seen.database:
+                return opened._replace(seen=seen)
+            # Another file has been put in its place, as when a backup is restored.
+            opened.connection.close()
+
+    def _open(self, seen: Seen) -> Opened:
+        uri = f"file:{quote(os.fsencode(self.path))}?mode=rw"
+        connection = sqlite3.connect(
+            uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False
+        )
+        try:
+            connection.execute("PRAGMA trusted_schema = OFF")
+            connection.execute("PRAGMA foreign_keys = ON")
+            connection.execute("PRAGMA synchronous = FULL")
+            connection.execute("PRAGMA secure_delete = ON")
+            self._migrate(connection)
+            with suppress(sqlite3.OperationalError):  # somebody else is at it just now
+                connection.execute("PRAGMA journal_mode = WAL")
+            row = connection.execute("SELECT value FROM meta WHERE name = 'id'").fetchone()
+            if row is None:
+                raise ConfigError(f"{self.path}: damaged, its id is gone; restore a backup")
+            if self.look().database != seen.database:
+                raise ConfigError(f"{self.path}: replaced while it was being opened; try again")
+        except BaseException:
+            connection.close()
+            raise
+        return Opened(connection, seen, row[0])
+
+    def _migrate(self, connection: sqlite3.Connection) -> None:
+        if self._steps_done(connection) == len(_MIGRATIONS):
+            return
+        with transaction(connection):
+            done = self._steps_done(connection)
+            for statement in (line for step in _MIGRATIONS[done:] for line in step):
+                connection.execute(statement)
+            if done == 0:
+                connection.execute(
+                    "INSERT INTO meta (name, value) VALUES ('id', ?)", (secrets.token_bytes(16),)
+                )
+            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
+            connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+
+    def _steps_done(self, connection: sqlite3.Connection) -> int:
+        done: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        ours = connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID
+        if not ours and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+            raise ConfigError(f"{self.path}: not an accounts database of Popdrop")
+        if done > len(_MIGRATIONS):
+            raise ConfigError(
+                f"{self.path}: made by a newer Popdrop (schema {done}, this one knows"
+                f" {len(_MIGRATIONS)}); use the newer one"
+            )
+        return done
+
+
+@contextmanager
+def transaction(connection: sqlite3.Connection) -> Iterator[None]:
+    """All or nothing, and nobody else writes meanwhile."""
+    connection.execute("BEGIN IMMEDIATE")
+    try:
+        yield
+    except BaseException:
+        connection.execute("ROLLBACK")
+        raise
+    connection.execute("COMMIT")
+
+
+def _private(path: str, mode: int) -> None:
+    if not stat.S_ISREG(mode):
+        raise ConfigError(f"{path}: not a regular file")
+    if mode & 0o077:
+        raise ConfigError(f"{path}: group or others have rights; chmod 600 {path}")

@@ -1,0 +1,367 @@
+"""Checkers: who is verified, what is asked of the pools, and when a chain goes on."""
+
+import hashlib
+import os
+from collections.abc import Callable
+from typing import Any
+
+from twisted.cred.checkers import (
+    ANONYMOUS,
+    AllowAnonymousAccess,
+    ICredentialsChecker,
+    InMemoryUsernamePasswordDatabaseDontUse,
+)
+from twisted.cred.credentials import (
+    Anonymous,
+    IAnonymous,
+    IUsernameHashedPassword,
+    IUsernamePassword,
+)
+from twisted.cred.error import UnauthorizedLogin
+from twisted.cred.portal import IRealm, Portal
+from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
+from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import Interface, implementer
+from zope.interface.verify import verifyObject
+
+from popdrop.accounts.checkers import AccountsChecker, Chain, make_accounts
+from popdrop.accounts.database import AccountsDatabase
+from popdrop.accounts.secrets import Hasher
+from popdrop.credentials import FAILED, ApopCredentials, Cleartext
+from popdrop.errors import (
+    BadCredentials,
+    ConfigError,
+    NoSuchUser,
+    NoVerifierOfThisKind,
+    TemporaryFailure,
+)
+from popdrop.values import Account, Secret, Verified
+
+CHALLENGE = b"<1896.697170952@dbc.mtview.ca.us>"
+
+
+def apop(name: bytes, secret: bytes) -> ApopCredentials:
+    return ApopCredentials(name, CHALLENGE, hashlib.md5(CHALLENGE + secret).hexdigest().encode())
+
+
+class Hops:
+    """A pool without threads that counts."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def run(self, work: Callable[..., Any], *args: Any, **kwargs: Any) -> Deferred[Any]:
+        self.count += 1
+        return maybeDeferred(work, *args, **kwargs)
+
+
+class CountingHasher(Hasher):
+    """Every verification that the library is asked for is counted."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+        real = self._argon2
+        outer = self
+
+        class Watching:
+            def hash(self, password: bytes) -> str:
+                return real.hash(password)
+
+            def verify(self, hashed: bytes, password: bytes) -> bool:
+                outer.calls += 1
+                return real.verify(hashed, password)
+
+        self._argon2 = Watching()  # type: ignore[assignment]
+
+
+class CheckerCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        folder = os.path.abspath(self.mktemp())
+        os.mkdir(folder, 0o700)
+        self.path = os.path.join(folder, "accounts.db")
+        AccountsDatabase.create(self.path)
+        self.accounts = make_accounts(self.path)
+        self.addCleanup(self.accounts.close)
+        self.lookups, self.hashes, self.hasher = Hops(), Hops(), CountingHasher()
+        self.checker = self.make(True)
+
+    def make(self, can_apop: bool) -> AccountsChecker:
+        return AccountsChecker(
+            self.accounts,
+            self.lookups,  # type: ignore[arg-type]
+            self.hashes,  # type: ignore[arg-type]
+            can_apop,
+            self.hasher,
+        )
+
+    def verified(self, credentials: object) -> Verified:
+        result = self.successResultOf(self.checker.requestAvatarId(credentials))
+        self.assertIsInstance(result, Verified)
+        return result
+
+    def refused(self, credentials: object, kind: type[Exception]) -> Any:
+        failure = self.failureResultOf(self.checker.requestAvatarId(credentials))
+        self.assertIs(failure.type, kind)
+        return failure.value
+
+
+class AccountsCheckerTests(CheckerCase):
+    def test_interfaces(self) -> None:
+        verifyObject(ICredentialsChecker, self.checker)
+        self.assertEqual(
+            set(self.checker.credentialInterfaces), {IUsernamePassword, IUsernameHashedPassword}
+        )
+        self.assertEqual(list(self.make(False).credentialInterfaces), [IUsernamePassword])
+
+    def test_make_accounts(self) -> None:
+        self.assertRaises(ConfigError, make_accounts, self.path + ".missing")
+
+    def test_password(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        verified = self.verified(Cleartext(b"bob", b"hunter2"))
+        self.assertEqual(verified, b"bob")
+        self.assertEqual(verified.account.name, b"bob")
+        for wrong in (b"hunter3", b"", b"hunter2 ", b"Hunter2", b"\xff", b"hunter2\0"):
+            failure = self.refused(Cleartext(b"bob", wrong), BadCredentials)
+            self.assertEqual(failure.text, FAILED)
+
+    def test_apop(self) -> None:
+        self.accounts.add(b"mrose", apop=Secret(b"tanstaaf"))
+        shown = ApopCredentials(b"mrose", CHALLENGE, b"c4c9334bac560ecc979e58001b3e22fb")
+        self.assertEqual(self.verified(shown), b"mrose")
+        self.refused(apop(b"mrose", b"tanstaag"), BadCredentials)
+        self.refused(apop(b"mrose", b""), BadCredentials)
+
+    def test_no_verifier_of_this_kind(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        self.accounts.add(b"mrose", apop=Secret(b"tanstaaf"))
+        self.refused(Cleartext(b"mrose", b"tanstaaf"), NoVerifierOfThisKind)
+        for guess in (b"hunter2", b"", b"\0" * 16):
+            self.refused(apop(b"bob", guess), NoVerifierOfThisKind)
+
+    def test_unknown(self) -> None:
+        for name in (b"eve", b"", b"..", b"../bob", b"\xff", b"a\0", b"x" * 300):
+            self.assertEqual(self.refused(Cleartext(name, b"x"), NoSuchUser).text, FAILED)
+            for guess in (b"x", b"", b"\0" * 16):
+                self.assertEqual(self.refused(apop(name, guess), NoSuchUser).text, FAILED)
+
+    def test_prepared_before_comparing(self) -> None:
+        self.accounts.add("jos\u00e9".encode(), Secret("\u00e9t\u00e9".encode()))
+        shown = Cleartext("jose\u0301".encode(), "e\u0301te\u0301".encode())
+        self.assertEqual(self.verified(shown), "jos\u00e9".encode())
+
+    def test_disabled_is_verified_all_the_same(self) -> None:
+        """The realm refuses it, after the same work (decision 22)."""
+        self.accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
+        self.accounts.disable(b"bob")
+        for shown in (Cleartext(b"bob", b"hunter2"), apop(b"bob", b"tanstaaf")):
+            self.assertTrue(self.verified(shown).account.disabled)
+        self.refused(Cleartext(b"bob", b"wrong"), BadCredentials)
+
+    def test_same_work_for_everybody(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        self.accounts.add(b"mrose", apop=Secret(b"tanstaaf"))
+        self.accounts.add(b"gone", Secret(b"hunter2"))
+        self.accounts.disable(b"gone")
+        for name in (b"bob", b"mrose", b"gone", b"nobody", b"../x", b"\xff"):
+            for password in (b"hunter2", b"wrong", b"", b"\xff"):
+                before = (self.lookups.count, self.hashes.count, self.hasher.calls)
+                self.checker.requestAvatarId(Cleartext(name, password)).addErrback(lambda _: None)
+                after = (self.lookups.count, self.hashes.count, self.hasher.calls)
+                self.assertEqual(
+                    [b - a for a, b in zip(before, after, strict=True)], [1, 1, 1], name
+                )
+
+    def test_same_work_for_everybody_by_apop(self) -> None:
+        """One hop, one digest, no hash."""
+        compared: list[int] = []
+
+        @implementer(IUsernameHashedPassword)
+        class Watching:
+            def __init__(self, name: bytes) -> None:
+                self.username = name
+
+            def checkPassword(self, password: bytes) -> bool:
+                compared.append(len(password))
+                return False
+
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        self.accounts.add(b"mrose", apop=Secret(b"x" * 16))
+        self.accounts.add(b"gone", apop=Secret(b"x" * 16))
+        self.accounts.disable(b"gone")
+        names = (b"bob", b"mrose", b"gone", b"nobody", b"../x")
+        for name in names:
+            self.checker.requestAvatarId(Watching(name)).addErrback(lambda _: None)
+        self.assertEqual(compared, [16] * len(names))
+        self.assertEqual(
+            (self.lookups.count, self.hashes.count, self.hasher.calls), (len(names), 0, 0)
+        )
+
+    def test_a_right_digest_of_the_decoy_is_not_enough(self) -> None:
+        @implementer(IUsernameHashedPassword)
+        class Yes:
+            username = b"nobody"
+
+            def checkPassword(self, password: bytes) -> bool:
+                return True
+
+        self.refused(Yes(), NoSuchUser)
+
+    def test_database_in_trouble(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
+        os.chmod(self.path, 0o644)
+        for name in (b"bob", b"nobody"):
+            self.refused(Cleartext(name, b"hunter2"), TemporaryFailure)
+            self.refused(apop(name, b"tanstaaf"), TemporaryFailure)
+
+    def test_sealed_secret_that_does_not_open(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
+        self.accounts.close()
+        os.unlink(self.path + ".key")
+        self.accounts = make_accounts(self.path)
+        self.addCleanup(self.accounts.close)
+        self.checker = self.make(True)
+        for guess in (b"tanstaaf", b"", b"\0" * 16):
+            failure = self.refused(apop(b"bob", guess), TemporaryFailure)
+            self.assertNotIn("bob", failure.text)
+        self.assertTrue(self.verified(Cleartext(b"bob", b"hunter2")).account.has_apop)
+
+    def test_failures_hold_no_secret(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
+        for shown in (
+            Cleartext(b"bob", b"s3cret-guess"),
+            Cleartext(b"nobody", b"s3cret-guess"),
+            apop(b"bob", b"s3cret-guess"),
+        ):
+            failure = self.failureResultOf(self.checker.requestAvatarId(shown))
+            text = failure.getTraceback() + repr(failure.value) + failure.value.detail
+            for words in ("s3cret-guess", "hunter2", "tanstaaf", "argon2id"):
+                self.assertNotIn(words, text)
+
+    def test_behind_a_portal(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
+
+        @implementer(IRealm)
+        class Realm:
+            def requestAvatar(self, avatarId: Any, mind: Any, *interfaces: Any) -> Any:
+                return interfaces[0], avatarId, lambda: None
+
+        portal = Portal(Realm(), [Chain([self.checker])])
+        for shown in (Cleartext(b"bob", b"hunter2"), apop(b"bob", b"tanstaaf")):
+            _, avatar, _ = self.successResultOf(portal.login(shown, None, Interface))
+            self.assertEqual(avatar.account.name, b"bob")
+
+
+class Fixed:
+    """A checker with one answer."""
+
+    def __init__(self, answer: object, *kinds: Any) -> None:
+        self.answer = answer
+        self.credentialInterfaces = kinds or (IUsernamePassword, IUsernameHashedPassword)
+        self.asked = 0
+
+    def requestAvatarId(self, credentials: object) -> Any:
+        self.asked += 1
+        return fail(self.answer) if isinstance(self.answer, Exception) else succeed(self.answer)
+
+
+class Raising(Fixed):
+    """As `Fixed`, without Deferreds, as some checkers are."""
+
+    def requestAvatarId(self, credentials: object) -> Any:
+        self.asked += 1
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+class ChainTests(SynchronousTestCase):
+    shown = Cleartext(b"bob", b"hunter2")
+
+    def test_interface(self) -> None:
+        verifyObject(ICredentialsChecker, Chain([]))
+
+    def test_goes_on(self) -> None:
+        for make in (Fixed, Raising):
+            for error in (NoSuchUser(FAILED), NoVerifierOfThisKind(FAILED)):
+                last = make(b"bob")
+                chain = Chain([make(error), make(error), last])
+                self.assertEqual(self.successResultOf(chain.requestAvatarId(self.shown)), b"bob")
+
+    def test_first_answer_counts(self) -> None:
+        second = Fixed(b"other")
+        chain = Chain([Fixed(Verified(Account(b"bob"))), second])
+        self.assertEqual(self.successResultOf(chain.requestAvatarId(self.shown)), b"bob")
+        self.assertEqual(second.asked, 0)
+
+    def test_stops(self) -> None:
+        for make in (Fixed, Raising):
+            for error in (
+                BadCredentials(FAILED),
+                TemporaryFailure("later"),
+                UnauthorizedLogin(),
+                OSError("broken"),
+            ):
+                second = make(b"bob")
+                chain = Chain([make(error), second])
+                failure = self.failureResultOf(chain.requestAvatarId(self.shown))
+                self.assertIs(failure.value, error)
+                self.assertEqual(second.asked, 0)
+
+    def test_stops_at_twisteds_own(self) -> None:
+        second = Fixed(b"bob")
+        chain = Chain([InMemoryUsernamePasswordDatabaseDontUse(bob=b"other"), second])
+        self.failureResultOf(chain.requestAvatarId(self.shown), UnauthorizedLogin)
+        self.assertEqual(second.asked, 0)
+
+    def test_twisteds_own_verifies(self) -> None:
+        chain = Chain(
+            [Fixed(NoSuchUser(FAILED)), InMemoryUsernamePasswordDatabaseDontUse(bob=b"hunter2")]
+        )
+        self.assertEqual(self.successResultOf(chain.requestAvatarId(self.shown)), b"bob")
+
+    def test_at_the_end(self) -> None:
+        for checkers in ([], [Fixed(NoSuchUser("x"))], [Fixed(NoVerifierOfThisKind("x"))] * 2):
+            failure = self.failureResultOf(Chain(checkers).requestAvatarId(self.shown))
+            self.assertIs(failure.type, BadCredentials)
+            self.assertEqual(failure.value.text, "Authentication failed.")
+
+    def test_passes_over_those_that_do_not_know_the_kind(self) -> None:
+        apop_only = Fixed(BadCredentials(FAILED), IUsernameHashedPassword)
+        chain = Chain([apop_only, Fixed(b"bob", IUsernamePassword)])
+        self.assertEqual(self.successResultOf(chain.requestAvatarId(self.shown)), b"bob")
+        self.assertEqual(apop_only.asked, 0)
+        chain = Chain([Fixed(b"bob", IUsernamePassword)])
+        self.failureResultOf(chain.requestAvatarId(apop(b"bob", b"x")), BadCredentials)
+
+    def test_interfaces_are_those_of_all(self) -> None:
+        chain = Chain(
+            [
+                Fixed(b"", IUsernamePassword),
+                Fixed(b"", IUsernamePassword, IUsernameHashedPassword),
+                AllowAnonymousAccess(),
+            ]
+        )
+        self.assertEqual(
+            list(chain.credentialInterfaces),
+            [IUsernamePassword, IUsernameHashedPassword, IAnonymous],
+        )
+        self.assertEqual(list(Chain([]).credentialInterfaces), [])
+        answer = self.successResultOf(chain.requestAvatarId(Anonymous()))
+        self.assertIs(answer, ANONYMOUS)
+
+    def test_cancelling_reaches_the_one_being_asked(self) -> None:
+        waiting: Deferred[bytes] = Deferred()
+        second = Fixed(b"bob")
+
+        class Slow(Fixed):
+            def requestAvatarId(self, credentials: object) -> Any:
+                return waiting
+
+        asked = Chain([Slow(None), second]).requestAvatarId(self.shown)
+        self.assertNoResult(asked)
+        asked.cancel()
+        self.failureResultOf(asked)
+        self.assertTrue(waiting.called)
+        self.assertEqual(second.asked, 0)
