@@ -385,16 +385,30 @@ class ChildTests(CommandCase):
         self.assertTrue(self.has_password(b"bob", b"hunter2"))
 
     def test_somebody_elses(self) -> None:
-        if os.geteuid() == 0:
-            self.skipTest("root may read everything")
+        """A file that may not be read: one line that says who may."""
         self.good("add", "--db", self.db, "bob", "--stdin", stdin=b"x")
+        arguments = [sys.executable, "-m", "popdrop", "user"]
+        if os.geteuid() == 0:
+            # Root without the capability to read everything.
+            without = ["--bounding-set", "-dac_override,-dac_read_search"]
+            arguments = ["setpriv", *without, *arguments]
         os.chmod(self.db, 0)
-        self.assertIn("owner or root", self.refused("list", "--db", self.db))
-        os.chmod(self.folder, 0)
         self.addCleanup(os.chmod, self.folder, 0o700)
-        for words in (("list",), ("add", "eve", "--stdin")):
-            text = self.refused(*words, "--db", self.db, stdin=b"x")
-            self.assertIn("owner or root", text)
+        for mode, words in ((0o700, ["list"]), (0, ["list"]), (0, ["add", "eve", "--stdin"])):
+            os.chmod(self.folder, mode)
+            # Not from the folder: it may not be entered.
+            done = subprocess.run(
+                [*arguments, *words, "--db", self.db],
+                input=b"x",
+                capture_output=True,
+                cwd="/",
+                env=self.environ(),
+                timeout=GUARD,
+                check=False,
+            )
+            self.assertEqual((done.returncode, done.stdout), (1, b""))
+            self.assertEqual(len(done.stderr.splitlines()), 1, done.stderr)
+            self.assertIn(b"owner or root", done.stderr)
 
     def test_no_traceback(self) -> None:
         with open(self.db, "wb", opener=lambda p, f: os.open(p, f, 0o600)) as file:
@@ -405,14 +419,10 @@ class ChildTests(CommandCase):
         self.assertIn(self.db.encode(), done.stderr)
 
     def test_default_place(self) -> None:
-        """As root the default is a system folder: no test writes there."""
-        if os.geteuid() == 0:
-            self.skipTest("root's default is not for tests")
-        environ = {**self.environ(), "XDG_STATE_HOME": os.path.join(self.folder, "state")}
-        subprocess.run(
-            [sys.executable, "-m", "popdrop", "user", "add", "bob", "--stdin"],
-            input=b"x\n", env=environ, timeout=GUARD, check=True, capture_output=True,
-        )  # fmt: skip
+        """An ordinary user's; root's is a system folder, where no test writes."""
+        self.patch(os, "geteuid", lambda: 1000)
+        self.patch(os, "environ", {"XDG_STATE_HOME": os.path.join(self.folder, "state")})
+        self.good("add", "bob", "--stdin", stdin=b"x\n")
         path = os.path.join(self.folder, "state", "popdrop", "accounts.db")
         self.assertEqual(os.stat(path).st_mode & 0o777, 0o600)
 
