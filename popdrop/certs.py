@@ -1,0 +1,398 @@
+"""Certificates for STLS and for implicit TLS: one source for both, and one made at first start.
+
+TLS 1.2 and 1.3 only, forward secrecy and AEAD only, no compression, no renegotiation (RFC 9325);
+the ALPN name is `pop3` (RFC 7301), against cross-protocol
+attacks.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from OpenSSL import SSL
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOProtocol
+from zope.interface import implementer
+
+from popdrop.errors import ConfigError
+
+log = Logger()
+
+CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL"
+"""For TLS 1.2; those of TLS 1.3 are all good."""
+
+LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
+"""Names of chain and key in a folder: certbot's, and those of a Kubernetes secret."""
+
+SELF_MADE = "self-made.pem"
+SELF_MADE_DAYS = 825
+"""The longest life that every common client still takes."""
+
+PrivateKey = (
+    rsa.RSAPrivateKey
+    | ec.EllipticCurvePrivateKey
+    | ed25519.Ed25519PrivateKey
+    | ed448.Ed448PrivateKey
+)
+
+_CERTIFICATE_BLOCK = re.compile(
+    rb"-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----", re.DOTALL
+)
+_KEY_BLOCK = re.compile(rb"-----BEGIN ([A-Z ]*PRIVATE KEY)-----.*?-----END \1-----", re.DOTALL)
+
+
+@dataclass(frozen=True, slots=True)
+class _Pair:
+    """A certificate with its key, and the certificates that lead to its root."""
+
+    path: str
+    leaf: x509.Certificate
+    chain: tuple[x509.Certificate, ...]
+    key: PrivateKey
+
+    @property
+    def names(self) -> frozenset[bytes]:
+        """DNS names in lower case, `*.` ones too; the common name where there is no other."""
+        try:
+            extension = self.leaf.extensions.get_extension_for_class(x509.SubjectAlternativeName)
+            found = extension.value.get_values_for_type(x509.DNSName)
+        except x509.ExtensionNotFound:
+            common = self.leaf.subject.get_attributes_for_oid(NameOID.COMMON_NAME)
+            found = [str(attribute.value) for attribute in common]
+        return frozenset(name.lower().encode("utf-8", "replace") for name in found)
+
+    def current(self, now: datetime) -> bool:
+        return self.leaf.not_valid_before_utc <= now <= self.leaf.not_valid_after_utc
+
+
+class _Reader:
+    """Reads pairs from files; every complaint names the option, the file and the remedy."""
+
+    def __init__(self, option: str) -> None:
+        self._option = option
+        self.files: list[str] = []
+
+    def wrong(self, what: str) -> ConfigError:
+        return ConfigError(f"{self._option}: {what}")
+
+    def octets(self, path: str) -> bytes:
+        self.files.append(path)
+        try:
+            with open(path, "rb") as file:
+                found = file.read()
+                if os.fstat(file.fileno()).st_mode & 0o004 and _KEY_BLOCK.search(found):
+                    log.warn("Everybody may read the private key in {path}: chmod o-r", path=path)
+                return found
+        except FileNotFoundError:
+            raise self.wrong(f"there is no file {path}; name an existing one") from None
+        except PermissionError:
+            raise self.wrong(
+                f"{path} may not be read; give the user that Popdrop runs as the right,"
+                " for instance with chgrp popdrop and chmod 0640"
+            ) from None
+        except OSError as error:
+            raise self.wrong(f"{path} cannot be read: {error.strerror}") from None
+
+    def pair(self, certificate_path: str, key_path: str, chain_path: str | None = None) -> _Pair:
+        """The certificate that belongs to the key is the leaf, whichever comes first."""
+        certificates = self.certificates(certificate_path)
+        key = self.key(key_path)
+        if chain_path is not None:
+            certificates += self.certificates(chain_path)
+        public = _public_octets(key)
+        for leaf in certificates:
+            if _public_octets(leaf) == public:
+                break
+        else:
+            raise self.wrong(
+                f"the key in {key_path} does not belong to a certificate in {certificate_path};"
+                " install key and certificate together"
+            )
+        now = datetime.now(UTC)
+        chain = tuple(each for each in certificates if each is not leaf)
+        pair = _Pair(certificate_path, leaf, chain, key)
+        if not pair.current(now):
+            log.warn(
+                "The certificate in {path} is valid from {start} to {end} only: renew it",
+                path=certificate_path,
+                start=leaf.not_valid_before_utc,
+                end=leaf.not_valid_after_utc,
+            )
+        return pair
+
+    def certificates(self, path: str) -> list[x509.Certificate]:
+        blocks = _CERTIFICATE_BLOCK.findall(self.octets(path))
+        try:
+            return x509.load_pem_x509_certificates(b"\n".join(blocks))
+        except ValueError:
+            raise self.wrong(
+                f"{path} holds no readable certificate;"
+                " PEM with a line -----BEGIN CERTIFICATE----- is needed"
+            ) from None
+
+    def key(self, path: str) -> PrivateKey:
+        block = _KEY_BLOCK.search(self.octets(path))
+        if block is None:
+            raise self.wrong(
+                f"{path} holds no private key; PEM with a line -----BEGIN PRIVATE KEY----- is"
+                " needed, in the file of the certificate or in one of its own"
+            )
+        try:
+            key = serialization.load_pem_private_key(block.group(), None)
+        except TypeError:
+            raise self.wrong(
+                f"the private key in {path} is locked by a password;"
+                " take that off with openssl pkey -in OLD -out NEW"
+            ) from None
+        except Exception:
+            raise self.wrong(f"the private key in {path} is damaged; install it again") from None
+        if not isinstance(key, PrivateKey):
+            raise self.wrong(f"the private key in {path} is of no use for TLS; use ECDSA or RSA")
+        return key
+
+    def folder(self, path: str) -> list[_Pair]:
+        """The pairs in `path` itself, then those one folder down, each by name."""
+        pairs = list(self._here(path))
+        for name in self._names(path):
+            below = os.path.join(path, name)
+            if os.path.isdir(below):
+                pairs += self._here(below)
+        if not pairs:
+            raise self.wrong(
+                f"the folder {path} holds no certificate; fullchain.pem with privkey.pem are"
+                " needed (certbot's layout), there or one folder down, or a .pem file with both"
+            )
+        return pairs
+
+    def _names(self, path: str) -> list[str]:
+        try:
+            return sorted(os.listdir(path))
+        except OSError as error:
+            raise self.wrong(
+                f"the folder {path} cannot be read: {error.strerror};"
+                " give the user that Popdrop runs as the right"
+            ) from None
+
+    def _here(self, path: str) -> Iterator[_Pair]:
+        names = self._names(path)
+        for chain, key in LAYOUTS:
+            if chain in names or key in names:
+                yield self.pair(os.path.join(path, chain), os.path.join(path, key))
+        known = {name for layout in LAYOUTS for name in layout}
+        for name in names:
+            whole = os.path.join(path, name)
+            if name.endswith(".pem") and name not in known and os.path.isfile(whole):
+                octets = self.octets(whole)
+                if _KEY_BLOCK.search(octets) and _CERTIFICATE_BLOCK.search(octets):
+                    yield self.pair(whole, whole)
+
+
+@implementer(IOpenSSLServerConnectionCreator)
+class Certificates:
+    """What TLS connections are made from: for `startTLS` and for `TLSMemoryBIOFactory`.
+
+    `path` is a PEM file with chain and key, or a folder (certbot's layout, directly or by name
+    one folder down); with `key`, `path` holds the certificates alone; `chain` adds more.
+    A client that names a server (SNI, RFC 6066 section 3) gets the certificate of that name, of
+    several the one that lasts longest; every other client gets the first that is valid.
+    `option` begins every complaint. Raises `ConfigError`.
+    """
+
+    def __init__(
+        self, path: str, *, key: str | None = None, chain: str | None = None, option: str = ""
+    ) -> None:
+        reader = _Reader(option or f"--starttls {path}")
+        if key is None and os.path.isdir(path):
+            pairs = reader.folder(path)
+        else:
+            pairs = [reader.pair(path, key or path, chain)]
+        self.files = tuple(dict.fromkeys(reader.files))
+        now = datetime.now(UTC)
+        contexts = [(pair, self._context(reader, pair)) for pair in pairs]
+        self._default = next((c for pair, c in contexts if pair.current(now)), contexts[0][1])
+        by_name: dict[bytes, SSL.Context] = {}
+        for pair, context in sorted(contexts, key=lambda each: each[0].leaf.not_valid_after_utc):
+            by_name.update(dict.fromkeys(pair.names, context))
+        self._by_name = by_name
+
+    def serverConnectionForTLS(self, protocol: TLSMemoryBIOProtocol) -> SSL.Connection:
+        """A fresh server connection. The name in the client's greeting may change its context."""
+        return SSL.Connection(self._default, None)
+
+    def _context(self, reader: _Reader, pair: _Pair) -> SSL.Context:
+        context = SSL.Context(SSL.TLS_SERVER_METHOD)
+        context.set_min_proto_version(SSL.TLS1_2_VERSION)
+        context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
+        context.set_mode(SSL.MODE_RELEASE_BUFFERS)
+        # Sessions are resumed by tickets, which the clients keep; a cache here would only grow.
+        context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
+        context.set_cipher_list(CIPHERS)
+        context.set_alpn_select_callback(_choose_protocol)
+        context.set_tlsext_servername_callback(self._choose_certificate)
+        try:
+            context.use_certificate(pair.leaf)
+            context.use_privatekey(pair.key)
+            for certificate in pair.chain:
+                context.add_extra_chain_cert(certificate)
+            context.check_privatekey()
+        except SSL.Error as error:
+            reasons = ", ".join(each[-1] for each in error.args[0]) if error.args else ""
+            raise reader.wrong(
+                f"OpenSSL refuses the certificate in {pair.path} or its key ({reasons});"
+                " use ECDSA P-256 or RSA of 2048 bits or more"
+            ) from None
+        return context
+
+    def _choose_certificate(self, connection: SSL.Connection) -> None:
+        name = (connection.get_servername() or b"").lower().rstrip(b".")
+        context = self._by_name.get(name) or self._by_name.get(b"*." + name.partition(b".")[2])
+        if context is not None:
+            connection.set_context(context)
+
+
+class Keyring:
+    """One `Certificates` for each set of files, however many options name it."""
+
+    def __init__(self) -> None:
+        self._known: dict[tuple[str, str | None, str | None], Certificates] = {}
+
+    def get(
+        self, path: str, *, key: str | None = None, chain: str | None = None, option: str = ""
+    ) -> Certificates:
+        """As `Certificates`, which is read at the first call only."""
+        files = (path, key, chain)
+        if files not in self._known:
+            self._known[files] = Certificates(path, key=key, chain=chain, option=option)
+        return self._known[files]
+
+
+def tls_facts(transport: object) -> tuple[str | None, str | None]:
+    """TLS version and cipher, as `TLSv1.3` and `TLS_AES_256_GCM_SHA384`.
+
+    Both `None` without TLS, and as long as the handshake is not done.
+    """
+    get_handle = getattr(transport, "getHandle", None)
+    handle = None if get_handle is None else get_handle()
+    if not isinstance(handle, SSL.Connection):
+        return None, None
+    cipher = handle.get_cipher_name()
+    return (None, None) if cipher is None else (handle.get_protocol_version_name(), cipher)
+
+
+def self_made(folder: str, hostname: str) -> str:
+    """Path of a PEM file in `folder` with a self-signed certificate for `hostname` and its key.
+
+    ECDSA P-256, for 825 days, file mode 0600. Made once and used again until it expires, since
+    people tell their clients to trust it. Two processes that start together get the same one.
+    Raises `ConfigError`.
+    """
+    path = os.path.join(folder, SELF_MADE)
+    option = f"self-made certificate {path}"
+    old = _Reader(option).pair(path, path) if os.path.lexists(path) else None
+    now = datetime.now(UTC)
+    if old is not None and now < old.leaf.not_valid_after_utc:
+        return path
+    new = f"{path}.{secrets.token_hex(8)}"
+    try:
+        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with open(descriptor, "wb") as file:
+                file.write(_make(hostname, now))
+                file.flush()
+                os.fsync(descriptor)
+            if old is None:
+                os.link(new, path)
+            else:
+                os.rename(new, path)
+        except FileExistsError:
+            pass
+        finally:
+            if os.path.exists(new):
+                os.unlink(new)
+    except OSError as error:
+        raise ConfigError(
+            f"{option}: cannot be made: {error.strerror}; create the folder {folder}"
+            " with mode 0700 for the user that Popdrop runs as, or name a certificate"
+        ) from None
+    log.info("Made a self-signed certificate for {name} in {path}", name=hostname, path=path)
+    return path
+
+
+def _make(hostname: str, now: datetime) -> bytes:
+    key = ec.generate_private_key(ec.SECP256R1())
+    names: list[x509.GeneralName] = [
+        x509.DNSName("localhost"),
+        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
+        x509.IPAddress(ipaddress.ip_address("::1")),
+    ]
+    own = _general_name(hostname)
+    if own is not None and own not in names:
+        names.insert(0, own)
+    common = hostname if own is not None and len(hostname) <= 64 else "localhost"
+    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
+    public = key.public_key()
+    identifier = x509.SubjectKeyIdentifier.from_public_key(public)
+    # Digital signature, and nothing else.
+    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
+    certificate = (
+        x509.CertificateBuilder(subject_name=subject, issuer_name=subject, public_key=public)
+        .serial_number(x509.random_serial_number())
+        # A client's clock may be behind ours.
+        .not_valid_before(now - timedelta(days=1))
+        .not_valid_after(now + timedelta(days=SELF_MADE_DAYS - 1))
+        .add_extension(x509.SubjectAlternativeName(names), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(usage, critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(identifier, critical=False)
+        .add_extension(
+            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
+            critical=False,
+        )
+        .sign(key, hashes.SHA256())
+    )
+    private = key.private_bytes(
+        serialization.Encoding.PEM,
+        serialization.PrivateFormat.PKCS8,
+        serialization.NoEncryption(),
+    )
+    return private + certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def _general_name(hostname: str) -> x509.GeneralName | None:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(hostname))
+    except ValueError:
+        pass
+    try:
+        return x509.DNSName(hostname.encode("idna").decode("ascii")) if hostname else None
+    except UnicodeError:
+        return None
+
+
+def _public_octets(owner: PrivateKey | x509.Certificate) -> bytes:
+    return owner.public_key().public_bytes(
+        serialization.Encoding.DER, serialization.PublicFormat.SubjectPublicKeyInfo
+    )
+
+
+def _choose_protocol(connection: SSL.Connection, offered: list[bytes]) -> bytes:
+    """Called when a client offers a list: `pop3`, or alert 120 (no_application_protocol).
+
+    pyOpenSSL sends that alert when this raises, and raises the same again from the handshake,
+    where Twisted expects an `SSL.Error`.
+    """
+    if b"pop3" in offered:
+        return b"pop3"
+    raise SSL.Error([("SSL routines", "ALPN", "no application protocol")])

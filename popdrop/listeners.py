@@ -1,0 +1,312 @@
+"""`--listen` strings: Twisted's strports grammar over Popdrop's certificates.
+
+Two meanings are narrower than Twisted's. `tcp6:` on all addresses is IPv6 alone, whatever
+`net.ipv6.bindv6only` says, so that `tcp:110` and `tcp6:110` go together; `tls:` on all addresses is
+both families. And `tls:` wants its port named: Twisted's default is that of HTTPS.
+"""
+
+from __future__ import annotations
+
+import errno
+import socket
+from dataclasses import dataclass
+from typing import Any, cast
+
+from twisted.internet import defer
+from twisted.internet.address import IPv4Address, IPv6Address
+from twisted.internet.defer import Deferred
+from twisted.internet.endpoints import TCP4ServerEndpoint, TCP6ServerEndpoint, serverFromString
+from twisted.internet.error import CannotListenError
+from twisted.internet.interfaces import (
+    IAddress,
+    IListeningPort,
+    IProtocol,
+    IProtocolFactory,
+    IReactorTime,
+    IStreamServerEndpoint,
+)
+from twisted.logger import Logger
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from popdrop.certs import Certificates, Keyring
+from popdrop.errors import ConfigError
+from popdrop.spec import Spec, parse
+from popdrop.values import PeerFacts, normalised
+
+__all__ = ["Listener", "from_spec", "listen", "normalised", "peer_facts"]
+
+log = Logger()
+
+BACKLOG = 1024
+"""Connections that may wait for `accept` (the kernel's `net.core.somaxconn` cuts it).
+
+Twisted's 50 is too few when all clients come back at once.
+"""
+
+EXAMPLES = {
+    "tcp": "tcp:110 or tcp:1110:interface=127.0.0.1",
+    "tcp6": "tcp6:110 or tcp6:1110:interface=\\:\\:1",
+    "tls": "tls:/etc/letsencrypt/live:995",
+    "ssl": "ssl:995:privateKey=/etc/ssl/key.pem:certKey=/etc/ssl/cert.pem",
+    "unix": "unix:/run/popdrop/pop3.sock:mode=660",
+    "systemd": "systemd:domain=INET6:index=0",
+    "stdio": "stdio:",
+    "haproxy": "haproxy:tcp:1110:interface=127.0.0.1",
+}
+
+HINTS = {
+    errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE; or choose tcp:1110",
+    errno.EADDRINUSE: "another server has it (ss -ltnp shows which); stop that or choose another",
+    errno.EADDRNOTAVAIL: "this machine has no such address (ip addr shows those it has)",
+    errno.EAFNOSUPPORT: "this machine has no IPv6; add interface=0.0.0.0",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Listener:
+    """One `--listen` string, ready to listen.
+
+    `endpoint` includes TLS where it is implicit. `trusted_address` says whether the peer address
+    is the client's own, so that `local` exemptions may hold (decision 25).
+    """
+
+    text: str
+    scheme: str
+    endpoint: IStreamServerEndpoint
+    trusted_address: bool
+    certificates: Certificates | None = None
+
+    @property
+    def implicit_tls(self) -> bool:
+        """Whether every connection begins with a TLS handshake (RFC 8314 section 3.2)."""
+        return self.certificates is not None
+
+
+def from_spec(reactor: object, text: str, keyring: Keyring) -> Listener:
+    """What `--listen text` describes; `keyring` is shared by all options that name certificates.
+
+    Raises `ConfigError`, also when a certificate is not as it should be.
+    """
+    option = f"--listen {text}"
+    try:
+        spec = parse("--listen", text)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; for example tcp:110") from None
+    scheme = spec.kind.lower()
+    if scheme in ("tcp", "tcp6"):
+        return _tcp(reactor, option, text, scheme, spec)
+    if scheme in ("tls", "ssl"):
+        return _tls(reactor, option, text, scheme, spec, keyring)
+    if scheme == "haproxy" and spec.args and spec.args[0].lower() in ("tls", "ssl"):
+        raise ConfigError(
+            f"{option}: TLS and the PROXY header do not go together yet; let the proxy end TLS,"
+            f" or use {EXAMPLES['haproxy']} with STLS"
+        )
+    try:
+        endpoint = serverFromString(reactor, text)  # type: ignore[no-untyped-call]
+    except Exception as error:
+        raise ConfigError(_unusable(option, scheme, error)) from None
+    if scheme == "haproxy":
+        log.warn(
+            "{option}: a PROXY header is believed from everybody who can reach this listener:"
+            " let only the proxy reach it. No client counts as local",
+            option=option,
+        )
+    inherited = scheme == "systemd" and (spec.kwargs.get("domain") or spec.args[0]) != "UNIX"
+    return Listener(text, scheme, endpoint, trusted_address=inherited)
+
+
+def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+    """Listen; fails with `ConfigError` when the address cannot be had."""
+
+    def explain(failure: Failure) -> Failure:
+        problem = failure.value
+        cause = problem.socketError if isinstance(problem, CannotListenError) else problem
+        if not isinstance(cause, OSError):
+            return failure
+        words = cause.strerror or str(cause)
+        hint = HINTS.get(cause.errno or 0, "see the string for --listen in the manual")
+        told = ConfigError(f"--listen {listener.text}: cannot listen: {words}; {hint}")
+        return Failure(told)  # type: ignore[no-untyped-call]
+
+    return listener.endpoint.listen(factory).addErrback(explain)
+
+
+def peer_facts(peer: IAddress, local: IAddress | None = None, trusted: bool = True) -> PeerFacts:
+    """What addresses alone tell. `trusted` is the listener's `trusted_address`.
+
+    Anything but TCP has no address and no port.
+    """
+    ours = local.port if isinstance(local, IPv4Address | IPv6Address) else None
+    if not isinstance(peer, IPv4Address | IPv6Address):
+        return PeerFacts(address_trusted=False, local_port=ours)
+    return PeerFacts(normalised(peer.host), trusted, peer.port, ours)
+
+
+def _tcp(reactor: object, option: str, text: str, scheme: str, spec: Spec) -> Listener:
+    _known(option, scheme, spec, 1, {"port", "interface", "backlog"})
+    port = _port(option, scheme, spec, 0)
+    default = "" if scheme == "tcp" else "::"
+    endpoint = _endpoint(reactor, option, scheme, spec, port, default, only_ipv6=scheme == "tcp6")
+    return Listener(text, scheme, endpoint, trusted_address=True)
+
+
+def _tls(
+    reactor: object, option: str, text: str, scheme: str, spec: Spec, keyring: Keyring
+) -> Listener:
+    args, kwargs = spec.args, spec.kwargs
+    if scheme == "tls":
+        _known(option, scheme, spec, 2, {"path", "port", "interface", "backlog"})
+        path = kwargs.get("path") or (args[0] if args else "")
+        if not path:
+            raise _wrong(option, scheme, "no certificate is named")
+        port = _port(option, scheme, spec, 0 if "path" in kwargs else 1)
+        certificates = keyring.get(path, option=option)
+        default = "::"
+    else:
+        _known(
+            option,
+            scheme,
+            spec,
+            1,
+            {"port", "interface", "backlog", "privateKey", "certKey", "extraCertChain"},
+        )
+        port = _port(option, scheme, spec, 0)
+        key = kwargs.get("privateKey", "")
+        if not key:
+            raise _wrong(option, scheme, "privateKey= is missing")
+        chain = kwargs.get("extraCertChain")
+        certificates = keyring.get(kwargs.get("certKey", key), key=key, chain=chain, option=option)
+        default = ""
+    plain = _endpoint(reactor, option, scheme, spec, port, default, only_ipv6=False)
+    endpoint = _TLSEndpoint(plain, certificates, cast(IReactorTime, reactor))
+    return Listener(text, scheme, endpoint, trusted_address=True, certificates=certificates)
+
+
+def _endpoint(
+    reactor: object,
+    option: str,
+    scheme: str,
+    spec: Spec,
+    port: int,
+    default: str,
+    only_ipv6: bool,
+) -> IStreamServerEndpoint:
+    interface = spec.kwargs.get("interface", default)
+    backlog = _number(option, scheme, "backlog", spec.kwargs.get("backlog", str(BACKLOG)), 1 << 31)
+    family = _family(interface)
+    if family is None or (scheme == "tcp6" and family != socket.AF_INET6):
+        what = "an IPv6 address" if scheme == "tcp6" else "an IP address"
+        raise _wrong(option, scheme, f"interface={interface} is not {what} of this machine")
+    if interface == "::":
+        return _EveryAddress(reactor, port, backlog, only_ipv6)
+    if family == socket.AF_INET6:
+        return TCP6ServerEndpoint(reactor, port, backlog, interface)  # type: ignore[no-untyped-call]
+    return TCP4ServerEndpoint(reactor, port, backlog, interface)  # type: ignore[no-untyped-call]
+
+
+def _family(interface: str) -> socket.AddressFamily | None:
+    if interface == "":
+        return socket.AF_INET
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, interface.partition("%")[0])
+        except OSError:
+            continue
+        return family
+    return None
+
+
+def _known(option: str, scheme: str, spec: Spec, arguments: int, keywords: set[str]) -> None:
+    """Refuse what has no meaning. An unquoted IPv6 address lands here, too."""
+    strange = sorted(spec.kwargs.keys() - keywords)
+    if strange:
+        allowed = "=, ".join(sorted(keywords))
+        raise _wrong(option, scheme, f"{strange[0]}= is unknown; {allowed}= are known")
+    if len(spec.args) > arguments:
+        raise _wrong(
+            option,
+            scheme,
+            "there is a colon too many; a colon inside an argument is written \\:",
+        )
+
+
+def _port(option: str, scheme: str, spec: Spec, position: int) -> int:
+    word = spec.kwargs.get("port") or (spec.args[position] if len(spec.args) > position else "")
+    if not word:
+        raise _wrong(option, scheme, "no port is named")
+    return _number(option, scheme, "port", word, 1 << 16)
+
+
+def _number(option: str, scheme: str, what: str, word: str, limit: int) -> int:
+    if not (word.isascii() and word.isdigit() and len(word) < 11 and int(word) < limit):
+        raise _wrong(option, scheme, f"{what} {word} is not a number from 0 to {limit - 1}")
+    return int(word)
+
+
+def _wrong(option: str, scheme: str, what: str) -> ConfigError:
+    return ConfigError(f"{option}: {what}; for example {EXAMPLES[scheme]}")
+
+
+def _unusable(option: str, scheme: str, error: Exception) -> str:
+    """One line from whatever a parser of Twisted's or a third party's threw."""
+    if scheme in EXAMPLES:
+        words = " ".join(str(error).split()) or type(error).__name__
+        return f"{option}: cannot be used ({words}); for example {EXAMPLES[scheme]}"
+    if isinstance(error, ValueError) and "Unknown endpoint type" in str(error):
+        schemes = ", ".join(EXAMPLES)
+        return f"{option}: {scheme} is no known kind of listener; use one of {schemes}"
+    return f"{option}: cannot be used ({' '.join(str(error).split())})"
+
+
+@implementer(IStreamServerEndpoint)
+class _EveryAddress:
+    """All IPv6 addresses, and all IPv4 ones unless `only_ipv6`, whatever the kernel's default."""
+
+    def __init__(self, reactor: object, port: int, backlog: int, only_ipv6: bool) -> None:
+        self._reactor: Any = reactor
+        self._port = port
+        self._backlog = backlog
+        self._only_ipv6 = only_ipv6
+
+    def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        return defer.execute(self._listen, factory)
+
+    def _listen(self, factory: IProtocolFactory) -> IListeningPort:
+        try:
+            with socket.socket(socket.AF_INET6, socket.SOCK_STREAM) as listening:
+                listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                listening.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, self._only_ipv6)
+                listening.bind(("::", self._port))
+                listening.listen(self._backlog)
+                listening.setblocking(False)
+                # The reactor takes a duplicate.
+                port = self._reactor.adoptStreamPort(listening.fileno(), socket.AF_INET6, factory)
+        except OSError as error:
+            refused = CannotListenError("::", self._port, error)  # type: ignore[no-untyped-call]
+            raise refused from error
+        return cast(IListeningPort, port)
+
+
+class _TLSFactory(TLSMemoryBIOFactory):
+    """As Twisted's, but the wrapped factory may refuse a connection by `None`."""
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        inner: IProtocol | None = self.wrappedFactory.buildProtocol(cast(IAddress, addr))
+        return None if inner is None else self.protocol(self, inner)
+
+
+@implementer(IStreamServerEndpoint)
+class _TLSEndpoint:
+    def __init__(
+        self, plain: IStreamServerEndpoint, certificates: Certificates, clock: IReactorTime
+    ) -> None:
+        self._plain = plain
+        self._certificates = certificates
+        self._clock = clock
+
+    def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        wrapped = _TLSFactory(self._certificates, False, factory, clock=self._clock)
+        return self._plain.listen(cast(IProtocolFactory, wrapped))

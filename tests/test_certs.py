@@ -1,0 +1,609 @@
+"""Certificates from files, and TLS as clients meet it: on loopback, with Python's own client."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import ssl
+import stat
+import warnings
+from datetime import UTC, datetime, timedelta
+from unittest import mock
+
+import trustme
+from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa, x25519
+from OpenSSL import SSL
+from twisted.internet import reactor
+from twisted.internet.defer import inlineCallbacks
+from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
+from twisted.internet.protocol import Protocol, ServerFactory
+from twisted.internet.threads import deferToThread
+from twisted.protocols.tls import TLSMemoryBIOFactory
+from twisted.trial.unittest import SynchronousTestCase, TestCase
+from zope.interface.verify import verifyObject
+
+from popdrop import certs
+from popdrop.certs import Certificates, Keyring, self_made, tls_facts
+from popdrop.errors import ConfigError
+
+AUTHORITY = trustme.CA()
+TIMEOUT = 20
+
+
+def chain_pem(issued: trustme.LeafCert) -> bytes:
+    return b"".join(blob.bytes() for blob in issued.cert_chain_pems)
+
+
+def certbot(folder: str, *names: str, **kwargs) -> trustme.LeafCert:
+    """A certificate for `names` in certbot's layout."""
+    os.makedirs(folder, exist_ok=True)
+    issued = AUTHORITY.issue_cert(*names, **kwargs)
+    write(os.path.join(folder, "fullchain.pem"), chain_pem(issued))
+    write(os.path.join(folder, "privkey.pem"), issued.private_key_pem.bytes())
+    return issued
+
+
+def write(path: str, octets: bytes, mode: int = 0o600) -> str:
+    with open(path, "wb") as file:
+        file.write(octets)
+    os.chmod(path, mode)
+    return path
+
+
+def client_context(**attributes) -> ssl.SSLContext:
+    context = ssl.create_default_context()
+    AUTHORITY.configure_trust(context)
+    for name, value in attributes.items():
+        setattr(context, name, value)
+    return context
+
+
+def names_of(certificates: Certificates, hostname: str) -> set[str]:
+    """The names in the certificate that a client asking for `hostname` is shown."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    client = shake(certificates, context, hostname)
+    shown = x509.load_der_x509_certificate(client.getpeercert(binary_form=True))
+    names = shown.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    return set(names.get_values_for_type(x509.DNSName))
+
+
+def shake(certificates: Certificates, context: ssl.SSLContext, hostname: str) -> ssl.SSLObject:
+    """A handshake in memory. Raises what the client raises."""
+    server = certificates.serverConnectionForTLS(None)
+    server.set_accept_state()
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname=hostname)
+    while True:
+        try:
+            client.do_handshake()
+            return client
+        except ssl.SSLWantReadError:
+            server.bio_write(outgoing.read())
+        try:
+            server.do_handshake()
+        except (SSL.WantReadError, SSL.Error):
+            pass
+        incoming.write(server.bio_read(1 << 20))
+
+
+class FileCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.folder = self.mktemp()
+        os.makedirs(self.folder)
+
+    def path(self, *names: str) -> str:
+        return os.path.join(self.folder, *names)
+
+    def complaint(self, *args: object, **kwargs: object) -> str:
+        with self.assertRaises(ConfigError) as caught:
+            Certificates(*args, **kwargs)
+        text = str(caught.exception)
+        self.assertNotIn("\n", text)
+        return text
+
+
+class FileTests(FileCase):
+    def test_interface(self) -> None:
+        certbot(self.folder, "a.example")
+        verifyObject(IOpenSSLServerConnectionCreator, Certificates(self.folder))
+
+    def test_one_file_in_either_order(self) -> None:
+        issued = AUTHORITY.issue_cert("a.example")
+        key, chain = issued.private_key_pem.bytes(), chain_pem(issued)
+        for octets in (key + chain, chain + key):
+            path = write(self.path("one.pem"), octets)
+            found = Certificates(path)
+            self.assertEqual(names_of(found, "a.example"), {"a.example"})
+            self.assertEqual(found.files, (path,))
+
+    def test_a_pair_with_a_chain_is_sent_whole(self) -> None:
+        middle = AUTHORITY.create_child_ca()
+        issued = middle.issue_cert("a.example")
+        leaf, *rest = [blob.bytes() for blob in issued.cert_chain_pems]
+        files = (
+            write(self.path("cert.pem"), leaf),
+            write(self.path("key.pem"), issued.private_key_pem.bytes()),
+            write(self.path("chain.pem"), b"".join(rest)),
+        )
+        found = Certificates(files[0], key=files[1], chain=files[2])
+        self.assertEqual(set(found.files), set(files))
+        shake(found, client_context(), "a.example")
+        with self.assertRaises(ssl.SSLCertVerificationError):
+            shake(Certificates(files[0], key=files[1]), client_context(), "a.example")
+
+    def test_the_leaf_is_the_one_that_fits_the_key(self) -> None:
+        issued = AUTHORITY.create_child_ca().issue_cert("a.example")
+        backwards = b"".join(blob.bytes() for blob in reversed(issued.cert_chain_pems))
+        path = write(self.path("one.pem"), issued.private_key_pem.bytes() + backwards)
+        shake(Certificates(path), client_context(), "a.example")
+
+    def test_folder_layouts(self) -> None:
+        issued = certbot(self.path("certbot"), "a.example")
+        os.makedirs(self.path("secret"))
+        write(self.path("secret", "tls.crt"), chain_pem(issued))
+        write(self.path("secret", "tls.key"), issued.private_key_pem.bytes())
+        os.makedirs(self.path("pem"))
+        write(self.path("pem", "x.pem"), issued.private_key_and_cert_chain_pem.bytes())
+        write(self.path("pem", "ca.pem"), AUTHORITY.cert_pem.bytes())
+        for name in ("certbot", "secret", "pem"):
+            self.assertEqual(names_of(Certificates(self.path(name)), "x"), {"a.example"})
+
+    def test_missing(self) -> None:
+        text = self.complaint(self.path("none.pem"))
+        self.assertIn(f"--starttls {self.path('none.pem')}: ", text)
+        self.assertIn("name an existing one", text)
+
+    def test_the_option_is_named(self) -> None:
+        text = self.complaint(self.path("none.pem"), option="--listen tls:none.pem:995")
+        self.assertTrue(text.startswith("--listen tls:none.pem:995: "), text)
+
+    def test_half_of_a_pair(self) -> None:
+        certbot(self.folder, "a.example")
+        os.unlink(self.path("privkey.pem"))
+        self.assertIn(self.path("privkey.pem"), self.complaint(self.folder))
+
+    def test_not_readable(self) -> None:
+        certbot(self.folder, "a.example")
+        opened = open
+
+        def refuse(path, *args, **kwargs):
+            if str(path).endswith("privkey.pem"):
+                raise PermissionError(13, "Permission denied")
+            return opened(path, *args, **kwargs)
+
+        with mock.patch("builtins.open", refuse):
+            text = self.complaint(self.folder)
+        self.assertIn(self.path("privkey.pem"), text)
+        self.assertIn("chmod 0640", text)
+
+    def test_key_of_another_certificate(self) -> None:
+        certbot(self.folder, "a.example")
+        other = AUTHORITY.issue_cert("a.example")
+        write(self.path("privkey.pem"), other.private_key_pem.bytes())
+        text = self.complaint(self.folder)
+        self.assertIn("does not belong to", text)
+        self.assertIn(self.path("fullchain.pem"), text)
+
+    def test_empty_folder(self) -> None:
+        self.assertIn("certbot", self.complaint(self.folder))
+
+    def test_nothing_but_rubbish(self) -> None:
+        issued = AUTHORITY.issue_cert("a.example")
+        path = write(self.path("one.pem"), b"rubbish")
+        self.assertIn("no readable certificate", self.complaint(path))
+        write(path, chain_pem(issued))
+        self.assertIn("no private key", self.complaint(path))
+        key = issued.private_key_pem.bytes()
+        write(path, chain_pem(issued) + key.replace(key[40:60], b"!" * 20))
+        self.assertIn("damaged", self.complaint(path))
+        write(path, chain_pem(issued).replace(b"MII", b"MIJ") + key)
+        self.assertIn("no readable certificate", self.complaint(path))
+
+    def test_key_with_a_password(self) -> None:
+        issued = AUTHORITY.issue_cert("a.example")
+        key = serialization.load_pem_private_key(issued.private_key_pem.bytes(), None)
+        locked = key.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"x"),
+        )
+        path = write(self.path("one.pem"), chain_pem(issued) + locked)
+        self.assertIn("openssl pkey", self.complaint(path))
+
+    def test_key_of_no_use(self) -> None:
+        key = x25519.X25519PrivateKey.generate().private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.NoEncryption(),
+        )
+        path = write(self.path("one.pem"), chain_pem(AUTHORITY.issue_cert("a.example")) + key)
+        self.assertIn("of no use for TLS", self.complaint(path))
+
+    def test_key_too_small_for_openssl(self) -> None:
+        key = rsa.generate_private_key(65537, 1024)
+        with mock.patch.object(certs.ec, "generate_private_key", lambda curve: key):
+            octets = certs._make("a.example", datetime.now(UTC))
+        text = self.complaint(write(self.path("small.pem"), octets))
+        self.assertIn("key too small", text)
+        self.assertIn(self.path("small.pem"), text)
+
+    def test_expired_is_a_warning(self) -> None:
+        past = datetime.now(UTC) - timedelta(days=1)
+        certbot(self.folder, "a.example", not_after=past)
+        with mock.patch.object(certs, "log") as log:
+            found = Certificates(self.folder)
+        self.assertEqual(log.warn.call_args.kwargs["path"], self.path("fullchain.pem"))
+        self.assertEqual(names_of(found, "a.example"), {"a.example"})
+
+    def test_a_key_that_everybody_may_read_is_a_warning(self) -> None:
+        certbot(self.folder, "a.example")
+        with mock.patch.object(certs, "log") as log:
+            Certificates(self.folder)
+            self.assertEqual(log.warn.call_count, 0)
+            os.chmod(self.path("fullchain.pem"), 0o644)
+            Certificates(self.folder)
+            self.assertEqual(log.warn.call_count, 0)
+            os.chmod(self.path("privkey.pem"), 0o644)
+            Certificates(self.folder)
+        self.assertEqual(log.warn.call_args.kwargs["path"], self.path("privkey.pem"))
+
+    def test_a_keyring_reads_once(self) -> None:
+        certbot(self.path("a"), "a.example")
+        certbot(self.path("b"), "b.example")
+        ring = Keyring()
+        first = ring.get(self.path("a"), option="--starttls x")
+        shutil.rmtree(self.path("a"))
+        self.assertIs(ring.get(self.path("a"), option="--listen y"), first)
+        self.assertIsNot(ring.get(self.path("b")), first)
+
+
+class NameTests(FileCase):
+    """RFC 6066 section 3, RFC 7817."""
+
+    def test_by_name(self) -> None:
+        certbot(self.path("a.example"), "a.example", "pop.a.example")
+        certbot(self.path("b.example"), "b.example", "*.b.example")
+        write(self.path("README"), b"as certbot leaves one")
+        found = Certificates(self.folder)
+        a, b = {"a.example", "pop.a.example"}, {"b.example", "*.b.example"}
+        for name, expected in (
+            ("a.example", a),
+            ("pop.a.example", a),
+            ("POP.A.Example", a),
+            ("b.example", b),
+            ("mail.b.example", b),
+            ("deep.mail.b.example", a),
+            ("unknown.example", a),
+            ("127.0.0.1", a),
+        ):
+            self.assertEqual(names_of(found, name), expected, name)
+
+    def test_the_folder_itself_comes_first(self) -> None:
+        certbot(self.path("a.example"), "a.example")
+        certbot(self.folder, "z.example")
+        self.assertEqual(names_of(Certificates(self.folder), "unknown"), {"z.example"})
+
+    def test_of_several_for_one_name_the_one_that_lasts_longest(self) -> None:
+        now = datetime.now(UTC)
+        for folder, days in (("a-0001", 50), ("a-0002", 60), ("a-0003", 40)):
+            certbot(self.path(folder), "a.example", f"{folder}.a", not_after=now + timedelta(days))
+        self.assertEqual(
+            names_of(Certificates(self.folder), "a.example"), {"a.example", "a-0002.a"}
+        )
+
+    def test_the_default_is_valid_if_there_is_a_valid_one(self) -> None:
+        certbot(self.path("a"), "a.example", not_after=datetime.now(UTC) - timedelta(1))
+        certbot(self.path("b"), "b.example")
+        self.assertEqual(names_of(Certificates(self.folder), "unknown"), {"b.example"})
+
+
+class SelfMadeTests(FileCase):
+    def certificate(self, path: str) -> x509.Certificate:
+        with open(path, "rb") as file:
+            return x509.load_pem_x509_certificate(file.read())
+
+    def test_it_serves_its_names(self) -> None:
+        path = self_made(self.folder, "mail.example")
+        context = ssl.create_default_context(cafile=path)
+        context.verify_flags |= ssl.VERIFY_X509_STRICT
+        for name in ("mail.example", "localhost", "127.0.0.1", "::1"):
+            shake(Certificates(path), context, name)
+        with self.assertRaises(ssl.SSLCertVerificationError):
+            shake(Certificates(path), context, "other.example")
+
+    def test_private_and_alone(self) -> None:
+        old = os.umask(0)
+        try:
+            path = self_made(self.folder, "mail.example")
+        finally:
+            os.umask(old)
+        self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), 0o600)
+        self.assertEqual(os.listdir(self.folder), [os.path.basename(path)])
+
+    def test_p256_for_825_days(self) -> None:
+        made = self.certificate(self_made(self.folder, "mail.example"))
+        self.assertEqual(made.public_key().curve.name, "secp256r1")
+        self.assertEqual(made.not_valid_after_utc - made.not_valid_before_utc, timedelta(825))
+
+    def test_made_once(self) -> None:
+        first = self.certificate(self_made(self.folder, "mail.example"))
+        self.assertEqual(self.certificate(self_made(self.folder, "renamed.example")), first)
+
+    def test_made_again_when_expired(self) -> None:
+        long_ago = datetime.now(UTC) - timedelta(days=900)
+        old = write(self.path(certs.SELF_MADE), certs._make("mail.example", long_ago))
+        before = self.certificate(old)
+        path = self_made(self.folder, "mail.example")
+        self.assertEqual(path, old)
+        self.assertGreater(self.certificate(path).not_valid_after_utc, datetime.now(UTC))
+        self.assertNotEqual(self.certificate(path), before)
+        self.assertEqual(os.listdir(self.folder), [os.path.basename(path)])
+
+    def test_another_process_was_faster(self) -> None:
+        make = certs._make
+
+        def slowly(hostname: str, now: datetime) -> bytes:
+            write(self.path(certs.SELF_MADE), make("theirs.example", now))
+            return make(hostname, now)
+
+        with mock.patch.object(certs, "_make", slowly):
+            path = self_made(self.folder, "ours.example")
+        self.assertEqual(names_of(Certificates(path), "x"), {"theirs.example", "localhost"})
+        self.assertEqual(os.listdir(self.folder), [os.path.basename(path)])
+
+    def test_odd_host_names(self) -> None:
+        now = datetime.now(UTC)
+        for hostname, expected in (
+            ("localhost", ["localhost"]),
+            ("", ["localhost"]),
+            ("bücher.example", ["xn--bcher-kva.example", "localhost"]),
+            ("a" * 63 + ".example", ["a" * 63 + ".example", "localhost"]),
+            ("x" * 300, ["localhost"]),
+            ("192.0.2.1", ["localhost"]),
+        ):
+            made = x509.load_pem_x509_certificate(certs._make(hostname, now))
+            names = made.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+            self.assertEqual(names.get_values_for_type(x509.DNSName), expected)
+        self.assertIn("192.0.2.1", map(str, names.get_values_for_type(x509.IPAddress)))
+
+    def test_no_folder(self) -> None:
+        with self.assertRaises(ConfigError) as caught:
+            self_made(self.path("none"), "mail.example")
+        self.assertIn("mode 0700", str(caught.exception))
+
+    def test_a_damaged_one_is_not_overwritten(self) -> None:
+        path = write(self.path(certs.SELF_MADE), b"rubbish")
+        with self.assertRaises(ConfigError) as caught:
+            self_made(self.folder, "mail.example")
+        self.assertIn(path, str(caught.exception))
+        with open(path, "rb") as file:
+            self.assertEqual(file.read(), b"rubbish")
+
+
+class RenegotiationTests(FileCase):
+    def test_refused(self) -> None:
+        """RFC 5746's hole and CVE-2011-1473: a TLS 1.2 client asks for a second handshake."""
+        certbot(self.folder, "a.example")
+        server = Certificates(self.folder).serverConnectionForTLS(None)
+        server.set_accept_state()
+        context = SSL.Context(SSL.TLS_CLIENT_METHOD)
+        context.set_max_proto_version(SSL.TLS1_2_VERSION)
+        client = SSL.Connection(context, None)
+        client.set_connect_state()
+
+        def step(act) -> None:
+            try:
+                act()
+            except SSL.WantReadError:
+                pass
+
+        def pump() -> None:
+            for source, target in ((client, server), (server, client)):
+                try:
+                    target.bio_write(source.bio_read(1 << 20))
+                except SSL.WantReadError:
+                    pass
+
+        for _ in range(4):
+            step(client.do_handshake)
+            pump()
+            step(server.do_handshake)
+            pump()
+        self.assertEqual(client.get_protocol_version_name(), "TLSv1.2")
+        client.renegotiate()
+        with self.assertRaises(SSL.Error) as caught:
+            for _ in range(4):
+                step(client.do_handshake)
+                pump()
+                step(lambda: server.recv(1))
+                pump()
+        self.assertIn("no renegotiation", str(caught.exception))
+
+
+class Talker(Protocol):
+    """Greets; starts TLS when told to; else says what TLS it is under."""
+
+    def connectionMade(self) -> None:
+        self.transport.write(b"+OK\r\n")
+
+    def dataReceived(self, data: bytes) -> None:
+        if data == b"STLS\r\n":
+            self.transport.write(b"+OK begin\r\n")
+            self.transport.startTLS(self.factory.certificates)
+        else:
+            self.transport.write(f"{tls_facts(self.transport)}\r\n".encode())
+
+
+class SocketCase(TestCase):
+    """A real server; clients block, and so run in threads."""
+
+    def setUp(self) -> None:
+        self.folder = self.mktemp()
+        certbot(os.path.join(self.folder, "a"), "a.example")
+        certbot(os.path.join(self.folder, "b"), "b.example")
+        certificates = Certificates(self.folder)
+        factory = ServerFactory.forProtocol(Talker)
+        factory.certificates = certificates
+        wrapped = TLSMemoryBIOFactory(certificates, False, factory)
+        self.ports = []
+        for each in (wrapped, factory):
+            port = reactor.listenTCP(0, each, interface="127.0.0.1")
+            self.addCleanup(port.stopListening)
+            self.ports.append(port.getHost().port)
+
+    def plain(self, port: int) -> socket.socket:
+        return socket.create_connection(("127.0.0.1", port), TIMEOUT)
+
+    def talk(self, context: ssl.SSLContext, name: str = "a.example", session=None):
+        """(version, ALPN name, names in the certificate, answer, session, resumed)."""
+        with (
+            self.plain(self.ports[0]) as raw,
+            context.wrap_socket(raw, server_hostname=name, session=session) as client,
+        ):
+            lines = client.makefile("rwb")
+            self.assertEqual(lines.readline(), b"+OK\r\n")
+            lines.write(b"NOOP\r\n")
+            lines.flush()
+            answer = lines.readline().decode()
+            names = {value for _, value in client.getpeercert()["subjectAltName"]}
+            return (
+                client.version(),
+                client.selected_alpn_protocol(),
+                names,
+                answer,
+                client.session,
+                client.session_reused,
+            )
+
+
+class VersionTests(SocketCase):
+    @inlineCallbacks
+    def test_13_and_12_and_their_facts(self):
+        for version, name in (("TLSv1_3", "TLSv1.3"), ("TLSv1_2", "TLSv1.2")):
+            context = client_context(maximum_version=ssl.TLSVersion[version])
+            shown, _, _, answer, *_ = yield deferToThread(self.talk, context)
+            self.assertEqual(shown, name)
+            self.assertIn(name, answer)
+            self.assertRegex(answer, "AES|CHACHA20")
+
+    @inlineCallbacks
+    def test_11_is_refused_by_an_alert(self):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)
+            context = client_context(
+                minimum_version=ssl.TLSVersion.TLSv1, maximum_version=ssl.TLSVersion.TLSv1_1
+            )
+        context.set_ciphers("ALL:@SECLEVEL=0")
+        with self.assertRaises(ssl.SSLError) as caught:
+            yield deferToThread(self.talk, context)
+        self.assertEqual(caught.exception.reason, "TLSV1_ALERT_PROTOCOL_VERSION")
+
+    @inlineCallbacks
+    def test_cbc_is_refused(self):
+        context = client_context(maximum_version=ssl.TLSVersion.TLSv1_2)
+        context.set_ciphers("ECDHE-ECDSA-AES128-SHA256:ECDHE-RSA-AES128-SHA256:AES128-SHA")
+        with self.assertRaises(ssl.SSLError) as caught:
+            yield deferToThread(self.talk, context)
+        self.assertIn("HANDSHAKE_FAILURE", caught.exception.reason)
+
+    @inlineCallbacks
+    def test_sessions_are_resumed(self):
+        for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+            context = client_context(maximum_version=version)
+            *_, session, resumed = yield deferToThread(self.talk, context)
+            self.assertFalse(resumed)
+            self.assertTrue(session.has_ticket)
+            *_, resumed = yield deferToThread(self.talk, context, "a.example", session)
+            self.assertTrue(resumed)
+
+
+class ALPNTests(SocketCase):
+    """RFC 7301 section 3.2; the ALPACA attacks."""
+
+    @inlineCallbacks
+    def offer(self, *protocols: str, name: str = "a.example"):
+        for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+            context = client_context(maximum_version=version)
+            if protocols:
+                context.set_alpn_protocols(protocols)
+            _, chosen, *_ = yield deferToThread(self.talk, context, name)
+        return chosen
+
+    @inlineCallbacks
+    def test_pop3_is_chosen(self):
+        self.assertEqual((yield self.offer("pop3")), "pop3")
+        self.assertEqual((yield self.offer("imap", "pop3", "http/1.1")), "pop3")
+        self.assertEqual((yield self.offer("pop3", name="b.example")), "pop3")
+
+    @inlineCallbacks
+    def test_none_is_fine(self):
+        self.assertIs((yield self.offer()), None)
+
+    @inlineCallbacks
+    def test_others_get_alert_120_and_do_no_harm(self):
+        for name in ("a.example", "b.example"):
+            for protocols in (("http/1.1",), ("imap", "smtp", "POP3", "pop3s")):
+                with self.assertRaises(ssl.SSLError) as caught:
+                    yield self.offer(*protocols, name=name)
+                self.assertIn("alert no application protocol", str(caught.exception))
+        self.assertEqual(self.flushLoggedErrors(), [])
+        self.assertEqual((yield self.offer("pop3")), "pop3")
+
+
+class RobustnessTests(SocketCase):
+    @inlineCallbacks
+    def test_names(self):
+        for name in ("a.example", "b.example"):
+            _, _, names, *_ = yield deferToThread(self.talk, client_context(), name)
+            self.assertEqual(names, {name})
+
+    def shout(self, octets: bytes) -> bytes:
+        """Everything the TLS port answers to this until it closes."""
+        with self.plain(self.ports[0]) as raw:
+            raw.sendall(octets)
+            raw.shutdown(socket.SHUT_WR)
+            answer = b""
+            try:
+                while part := raw.recv(4096):
+                    answer += part
+            except ConnectionResetError:
+                pass
+            return answer
+
+    @inlineCallbacks
+    def test_plain_text_on_the_tls_port_does_no_harm(self):
+        for octets in (b"USER bob\r\nPASS x\r\n", b"GET / HTTP/1.1\r\n\r\n", b"\0" * 70000, b""):
+            answer = yield deferToThread(self.shout, octets)
+            self.assertNotIn(b"+OK", answer)
+        self.assertEqual(self.flushLoggedErrors(), [])
+        yield deferToThread(self.talk, client_context())
+
+    def stls(self) -> tuple[str, str]:
+        with self.plain(self.ports[1]) as raw:
+            lines = raw.makefile("rb")
+            lines.readline()
+            raw.sendall(b"NOOP\r\n")
+            before = lines.readline().decode()
+            raw.sendall(b"STLS\r\n")
+            lines.readline()
+            with client_context().wrap_socket(raw, server_hostname="b.example") as client:
+                client.sendall(b"NOOP\r\n")
+                return before, client.makefile("rb").readline().decode()
+
+    @inlineCallbacks
+    def test_start_tls_from_the_same_source(self):
+        before, after = yield deferToThread(self.stls)
+        self.assertEqual(before, "(None, None)\r\n")
+        self.assertTrue(after.startswith("('TLSv1.3', 'TLS_"), after)
+
+    def test_no_facts_before_the_handshake_and_without_handle(self) -> None:
+        certbot(os.path.join(self.folder, "c"), "c.example")
+        connection = Certificates(self.folder).serverConnectionForTLS(None)
+        connection.set_accept_state()
+        self.assertEqual(tls_facts(mock.Mock(getHandle=lambda: connection)), (None, None))
+        self.assertEqual(tls_facts(object()), (None, None))
