@@ -1,0 +1,572 @@
+"""The mbox store, its maildrops, and the factory for `--store mbox:...`.
+
+A maildrop is photographed under both spool locks and then read without any; before anything is
+believed or written again, the file is compared with the photograph (decisions 7 to 14). The spool
+is rewritten in place, never replaced by rename: a deliverer that waits with the old file open
+would deliver into nothing.
+
+Over 400 lines since a session with one spool is one argument, from its checks to its last fsync.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import pwd
+import re
+import time
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Final
+
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from popdrop.errors import Busy, ConfigError, PermanentFailure, TemporaryFailure
+from popdrop.interfaces import IBlockingMaildrop, IBlockingStore, IStoreFactory
+from popdrop.listing import Listing
+from popdrop.stores.mbox.locks import KINDS, NoDotLock, SessionLock, SpoolLocks
+from popdrop.stores.mbox.scan import (
+    BLOCK,
+    FROM_LINE,
+    LONGEST_FROM,
+    UNQUOTES,
+    NotAnMbox,
+    Scanner,
+    Spans,
+)
+from popdrop.stores.mbox.spool import (
+    COPY_BLOCK,
+    NO_RIGHT,
+    Key,
+    Spool,
+    key_of,
+    move_down,
+    open_spool,
+    truncate,
+)
+from popdrop.stores.template import Template
+from popdrop.stores.uidl import STRIPPED, MessageHash, text_of, unique_ids
+from popdrop.values import Owner, Source
+
+log = Logger()
+
+CORRUPT: Final = (
+    "Unable to process From lines (envelopes), change recognition modes "
+    "or check for corrupted mail drop."
+)
+"""qpopper's words."""
+UNREADABLE: Final = "maildrop cannot be opened"
+TRY_LATER: Final = "maildrop is not available now, try again later"
+TOO_LARGE: Final = "maildrop is larger than this server allows"
+READ_ONLY: Final = "maildrop is read-only, nothing was deleted"
+CHANGED: Final = "maildrop was changed by another program, try again later"
+NOT_DELETED: Final = "maildrop was changed by another program, nothing was deleted"
+NOT_LOCKED: Final = "maildrop cannot be locked now, nothing was deleted"
+NOT_WRITTEN: Final = "maildrop could not be rewritten"
+
+SETTLED: Final = 2.0
+"""Seconds after which a further change of the file shows in its times on any file system."""
+
+_UID_TEXT: Final = 26
+_NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
+_LASTING: Final = NO_RIGHT | {
+    errno.ELOOP,
+    errno.EISDIR,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.ENAMETOOLONG,
+}
+_SEPARATOR: Final = re.compile(rb"(?:\A|\n)\r?\n\Z")
+_EMPTY_LINE: Final = re.compile(rb"\r?\n")
+
+Refresh = Callable[[], None]
+
+
+@contextmanager
+def _told(path: str, lasting: str = UNREADABLE, passing: str = TRY_LATER) -> Iterator[None]:
+    """Turn what the system says into what a client is told; the facts go into the detail."""
+    try:
+        yield
+    except OSError as error:
+        code = errno.errorcode.get(error.errno or 0, "?")
+        detail = f"{path}: {code} {error.strerror}"
+        if error.errno in _LASTING:
+            raise PermanentFailure(lasting, detail) from error
+        raise TemporaryFailure(passing, detail) from error
+
+
+@implementer(IBlockingStore)
+class MboxStore:
+    """Maildrops that are mbox files.
+
+    `template` gives the path (`Template`); session locks lie in `state_dir`/locks. `kind` is one
+    of `scan.UNQUOTES`, `locks` are those of `locks.KINDS` to use, joined by commas. `owner` names
+    the system account whose spools these are: `None` means the user's own account, and `any` that
+    it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
+    stored) bound a maildrop, 0 does not. Raises `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        state_dir: str,
+        kind: str = "mboxrd",
+        locks: str = "fcntl,dot",
+        strip_headers: bool = True,
+        owner: str | None = None,
+        max_messages: int = 0,
+        max_octets: int = 0,
+    ) -> None:
+        if kind not in UNQUOTES:
+            raise ConfigError(f"kind={kind}: must be {' or '.join(UNQUOTES)}")
+        chosen = locks.split(",")
+        if not set(chosen) <= set(KINDS) or len(set(chosen)) < len(chosen):
+            raise ConfigError(f"locks={locks}: must be fcntl, dot, or fcntl,dot")
+        self._template = Template(template)
+        self._folder = os.path.join(state_dir, "locks")
+        self._owner = owner
+        self._owner_uid = None if owner in (None, "any") else _uid_of(str(owner))
+        self.unquote = UNQUOTES[kind]
+        self.locks = tuple(name for name in KINDS if name in chosen)
+        self.strip = STRIPPED if strip_headers else frozenset()
+        self.max_messages = max_messages
+        self.max_octets = max_octets
+
+    def open(self, owner: Owner) -> MboxDrop:
+        """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
+        path = self._template.path(owner)
+        with _told(path):
+            self._make_folder()
+            session = SessionLock(self._folder, path)
+            session.take()
+            spool = None
+            try:
+                spool = open_spool(path, self._uids(owner))
+                return MboxDrop(self, session, spool)
+            except BaseException:
+                if spool:
+                    spool.close()
+                session.release()
+                raise
+
+    def _make_folder(self) -> None:
+        # Not before the first login: by then the rights of the start have been dropped.
+        if not os.path.isdir(self._folder):
+            os.makedirs(os.path.dirname(self._folder), 0o700, exist_ok=True)
+            with suppress(FileExistsError):
+                os.mkdir(self._folder, 0o700)
+
+    def _uids(self, owner: Owner) -> frozenset[int] | None:
+        """Whose files are accepted as the owner's spool; `None` is anybody's."""
+        if self._owner == "any":
+            return None
+        wanted = owner.uid if self._owner is None else self._owner_uid
+        return frozenset({os.geteuid()} if wanted is None else {os.geteuid(), wanted})
+
+
+@implementer(IBlockingMaildrop)
+class MboxDrop:
+    """One spool, photographed. Made by `MboxStore.open`; `spool` is `None` where there is none."""
+
+    def __init__(self, store: MboxStore, session: SessionLock, spool: Spool | None) -> None:
+        self._store = store
+        self._session = session
+        self._maybe_spool = spool
+        self._reading_locks = store.locks
+        self._read_only = ""
+        self._spans = Spans()
+        self._key: Key | None = None
+        self._settled = False
+        self._atime = 0
+        self._had_new_mail = False
+        self._verified: dict[int, Key] = {}
+        if spool:
+            if not spool.writable:
+                self._read_only = f"{spool.path}: no right to write it"
+            self._photograph()
+            if self._read_only:
+                log.warn("maildrop is read-only: {reason}", reason=self._read_only)
+        self.listing = Listing(self._spans.sizes)
+
+    @property
+    def _spool(self) -> Spool:
+        if self._maybe_spool is None:
+            raise IndexError("an empty maildrop has no messages")
+        return self._maybe_spool
+
+    # The photograph
+
+    def _lock_to_read(self) -> SpoolLocks:
+        spool = self._spool
+        return SpoolLocks(spool.fd, spool.path, self._reading_locks, spool.writable)
+
+    def _photograph(self) -> None:
+        try:
+            with self._lock_to_read() as locks:
+                self._photograph_locked(locks.refresh)
+        except NoDotLock as error:
+            # Mail that is there can be read all the same: a message that was still being
+            # delivered is not deleted, since it will have changed.
+            if error.errno in NO_RIGHT:
+                self._read_only = (
+                    f"{self._spool.path}.lock cannot be made: run with the group of its folder "
+                    "(often mail), or say locks=fcntl; dotlockfile(1) is not made use of yet"
+                )
+            elif error.errno not in _NO_SPACE:
+                raise
+            self._reading_locks = tuple(name for name in self._store.locks if name != "dot")
+            with self._lock_to_read() as locks:
+                self._photograph_locked(locks.refresh)
+
+    def _photograph_locked(self, refresh: Refresh) -> None:
+        store, spool = self._store, self._spool
+        if not spool.is_at_path():
+            raise Busy("spool")  # it has just been replaced: the next try opens the new one
+        found = spool.stat()
+        if store.max_octets and found.st_size > store.max_octets:
+            raise PermanentFailure(TOO_LARGE, f"{spool.path}: {found.st_size} octets")
+        try:
+            spans = self._scan(0, found.st_size, refresh)
+        except NotAnMbox as fault:
+            raise PermanentFailure(
+                CORRUPT, f"{spool.path}: no From_ line at line {fault.line}, offset {fault.offset}"
+            ) from None
+        if spans.end < found.st_size:
+            raise TemporaryFailure(CHANGED, f"{spool.path}: shrank while it was read")
+        if store.max_messages and len(spans) > store.max_messages:
+            raise PermanentFailure(TOO_LARGE, f"{spool.path}: {len(spans)} messages")
+        self._spans = spans
+        self._atime = found.st_atime_ns
+        self._had_new_mail = found.st_atime_ns <= found.st_mtime_ns
+        self._remember(found)
+
+    def _remember(self, found: os.stat_result) -> None:
+        """The whole photograph is true of the file in this state."""
+        self._settled = time.time() - found.st_mtime > SETTLED
+        self._key = key_of(found)
+
+    def _scan(self, start: int, stop: int, refresh: Refresh, hide: bool = True) -> Spans:
+        scanner = Scanner(unquote=self._store.unquote, strip=self._store.strip, hide=hide)
+        for block in self._spool.blocks(start, stop, BLOCK):
+            scanner.feed(block)
+            refresh()
+        return scanner.close()
+
+    # Reading one message
+
+    def source(self, index: int) -> Source:
+        """As `IBlockingMaildrop.source`."""
+        spans = self._spans
+        return Source(
+            fd=self._spool.fd,
+            offset=spans.offset(index),
+            length=spans.lengths[index],
+            octets=spans.sizes[index],
+            strip=self._store.strip,
+            unquote=self._store.unquote,
+            unchanged=partial(self._is_unchanged, index),
+            verify=partial(self._verify, index),
+        )
+
+    def _is_unchanged(self, index: int) -> bool:
+        try:
+            return key_of(self._spool.stat()) == self._verified.get(index, self._key)
+        except OSError:
+            return False
+
+    def _verify(self, index: int) -> None:
+        path = self._spool.path
+        with _told(path), self._lock_to_read() as locks:
+            found = self._spool.stat()
+            if not self._is_same(index, locks.refresh):
+                raise TemporaryFailure(CHANGED, f"{path}: message {index + 1} has changed")
+            self._verified[index] = key_of(found)
+
+    def _is_same(self, index: int, refresh: Refresh) -> bool:
+        """Under the locks: is message `index` in its place, and the same as far as is known?"""
+        spans = self._spans
+        start, stop = spans.starts[index], spans.stop(index)
+        if not self._may_begin(start) or (stop < spans.end and not self._begins(stop)):
+            return False
+        try:
+            found = self._scan(start, stop, refresh, hide=False)
+        except NotAnMbox:
+            return False
+        if (
+            len(found) != 1
+            or found.end != stop - start
+            or (
+                (found.heads[0], found.lengths[0], found.sizes[0], found.checks[0])
+                != (
+                    spans.heads[index],
+                    spans.lengths[index],
+                    spans.sizes[index],
+                    spans.checks[index],
+                )
+            )
+        ):
+            return False
+        return not self.listing.identified or self._hash(spans, index) == self._known_hash(index)
+
+    def _may_begin(self, offset: int) -> bool:
+        """Whether what is before `offset` lets a From_ line stand there."""
+        before = self._spool.read(max(offset - 3, 0), offset)
+        return offset == 0 or _SEPARATOR.search(before) is not None
+
+    def _begins(self, offset: int) -> bool:
+        """Whether a From_ line stands at `offset`."""
+        return FROM_LINE.match(self._spool.read(offset, offset + LONGEST_FROM)) is not None
+
+    # Unique-ids
+
+    def _known_hash(self, index: int) -> bytes:
+        """The hash in a message's id, without the number of a copy."""
+        return self.listing.uid(index)[:_UID_TEXT]
+
+    def _hash(self, spans: Spans, index: int) -> bytes:
+        return text_of(self._digest(spans, index))
+
+    def _digest(self, spans: Spans, index: int) -> bytes:
+        message = MessageHash()
+        stop = spans.content_end(index)
+        for block in self._spool.blocks(spans.starts[index], stop, COPY_BLOCK):
+            message.update(block)
+        return message.digest()
+
+    def identify(self) -> None:
+        """As `IBlockingMaildrop.identify`. Raises `TemporaryFailure`, and `Busy`."""
+        if self.listing.identified:
+            return
+        if self._maybe_spool is None:
+            self.listing = self.listing.with_ids([])
+            return
+        with _told(self._spool.path):
+            digests = self._digests() if self._settled else []
+            if not self._settled or key_of(self._spool.stat()) != self._key:
+                digests = self._digests_locked()
+        self.listing = self.listing.with_ids(unique_ids(digests))
+
+    def _digests(self, refresh: Refresh = lambda: None) -> list[bytes]:
+        digests = []
+        for index in range(len(self._spans)):
+            digests.append(self._digest(self._spans, index))
+            refresh()
+        return digests
+
+    def _digests_locked(self) -> list[bytes]:
+        """Something was written: unless that was new mail only, ids would be of other octets."""
+        with self._lock_to_read() as locks:
+            found = self._spool.stat()
+            try:
+                spans = self._scan(0, self._spans.end, locks.refresh)
+            except NotAnMbox:
+                spans = Spans()
+            if spans != self._spans:
+                raise TemporaryFailure(CHANGED, f"{self._spool.path}: was rewritten")
+            digests = self._digests(locks.refresh)
+            self._remember(found)
+        return digests
+
+    # Deleting
+
+    def commit(self, deleted: Collection[int]) -> None:
+        """As `IBlockingMaildrop.commit`.
+
+        All or nothing while no write fails and this process lives. Where kept messages have to
+        be moved, a crash in the middle can leave two overlapping halves: the journal (decisions
+        1 to 6) is to take the place of `move_down`.
+        """
+        rows = sorted(set(deleted))
+        if not rows:
+            return
+        if rows[0] < 0 or rows[-1] >= len(self._spans):
+            raise IndexError("no such message in this maildrop")
+        if self._read_only:
+            raise PermanentFailure(READ_ONLY, self._read_only)
+        spool = self._spool
+        with (
+            _told(spool.path, READ_ONLY, NOT_LOCKED),
+            SpoolLocks(spool.fd, spool.path, self._store.locks, True) as locks,
+        ):
+            self._commit_locked(rows, locks)
+
+    def _commit_locked(self, rows: list[int], locks: SpoolLocks) -> None:
+        spool = self._spool
+        if not spool.is_at_path():
+            raise TemporaryFailure(NOT_DELETED, f"{spool.path}: is another file now")
+        found = spool.stat()
+        spans, rows, end = self._agree(found, rows, locks.refresh)
+        first, kept = plan(spans, rows, end, found.st_size)
+        self._check_seams(spans.starts[rows[0]], kept)
+        if not locks.held():
+            raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
+        with _told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
+            if kept:
+                move_down(spool.fd, first, kept, locks.refresh)
+            else:
+                truncate(spool.fd, first)
+        self._set_times(has_new_mail=found.st_size > self._spans.end or self._had_new_mail)
+
+    def _agree(
+        self, found: os.stat_result, rows: list[int], refresh: Refresh
+    ) -> tuple[Spans, list[int], int]:
+        """Where the messages to delete are now, and where the last of all messages ends."""
+        spans = self._spans
+        if self._settled and key_of(found) == self._key:
+            return spans, rows, spans.end
+        end = self._end_of_last(found.st_size)
+        if end and all(self._is_same(index, refresh) for index in rows):
+            return spans, rows, end
+        try:
+            spans = self._scan(0, found.st_size, refresh)
+        except NotAnMbox as fault:
+            raise TemporaryFailure(NOT_DELETED, f"{self._spool.path}: {fault}") from None
+        return spans, self._find_again(spans, rows), spans.end
+
+    def _end_of_last(self, size: int) -> int:
+        """Where the last message ends, separator included, and new mail begins; 0: not known."""
+        end = self._spans.end
+        if size == end or (size > end and self._begins(end)):
+            return end
+        # Some deliverers write an empty line first: it separates, and goes with the last message.
+        empty = _EMPTY_LINE.match(self._spool.read(end, end + 2))
+        if empty and self._begins(end + empty.end()):
+            return end + empty.end()
+        return 0
+
+    def _find_again(self, spans: Spans, rows: list[int]) -> list[int]:
+        """The same messages in a spool that was rewritten. Raises `TemporaryFailure`.
+
+        By hash where it is known: equal copies are paired in order if there are as many as
+        before. Else by check, and only where that stands for one message before and after.
+        """
+        known = self.listing.identified
+        old: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+        new: dict[tuple[int, bytes], list[int]] = defaultdict(list)
+        keys = [
+            (check, self._known_hash(index) if known else b"")
+            for index, check in enumerate(self._spans.checks)
+        ]
+        for index, key in enumerate(keys):
+            old[key].append(index)
+        wanted = {self._spans.checks[index] for index in rows}
+        for index, check in enumerate(spans.checks):
+            if check in wanted:
+                new[check, self._hash(spans, index) if known else b""].append(index)
+        found = []
+        for index in rows:
+            before, after = old[keys[index]], new[keys[index]]
+            if len(before) != len(after) or (len(before) > 1 and not known):
+                raise TemporaryFailure(
+                    NOT_DELETED, f"{self._spool.path}: message {index + 1} not found again"
+                )
+            found.append(after[before.index(index)])
+        return sorted(found)
+
+    def _check_seams(self, first: int, kept: list[tuple[int, int]]) -> None:
+        """What is kept and what is not begin with From_ lines. Raises `TemporaryFailure`."""
+        if not self._may_begin(first):
+            raise TemporaryFailure(NOT_DELETED, f"{self._spool.path}: no empty line before {first}")
+        for offset in (first, *(start for start, _ in kept)):
+            if not self._begins(offset):
+                raise TemporaryFailure(
+                    NOT_DELETED, f"{self._spool.path}: no From_ line at {offset}"
+                )
+
+    def _set_times(self, has_new_mail: bool) -> None:
+        """Keep "you have new mail" as true as it was: it is when atime is before mtime.
+
+        The time of modification stays as it is, since others notice changes by it.
+        """
+        with suppress(OSError):  # only the file's owner may
+            found = self._spool.stat()
+            mtime = found.st_mtime_ns
+            if found.st_size and has_new_mail:
+                atime = min(self._atime, mtime - 1_000_000_000)
+            else:
+                atime = max(time.time_ns(), mtime)
+            os.utime(self._spool.fd, ns=(atime, mtime))
+
+    def release(self) -> None:
+        """As `IBlockingMaildrop.release`."""
+        if self._maybe_spool:
+            self._maybe_spool.close()
+        self._session.release()
+
+
+def plan(spans: Spans, rows: list[int], end: int, size: int) -> tuple[int, list[tuple[int, int]]]:
+    """What to do to a spool of `size` octets to take out messages `rows`, in ascending order.
+
+    Gives the offset from which it changes, and the ranges behind it that are kept. A message goes
+    with its separator; `end` is where the last message ends and new mail begins.
+    """
+    kept = []
+    for index, following in zip(rows, [*rows[1:], len(spans)], strict=True):
+        start = spans.starts[index + 1] if index + 1 < len(spans) else end
+        stop = spans.starts[following] if following < len(spans) else size
+        if start < stop:
+            kept.append((start, stop))
+    if not kept and rows[0] == 0 and not spans.hidden:
+        return 0, kept  # only empty lines would be left
+    return spans.starts[rows[0]], kept
+
+
+def _uid_of(name: str) -> int:
+    try:
+        return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(f"owner={name}: there is no such system account") from None
+
+
+@implementer(IStoreFactory)
+class MboxFactory:
+    """`--store mbox:TEMPLATE[:key=value...]`."""
+
+    kind = "mbox"
+    help = (
+        "mbox:TEMPLATE, one spool file a user, as mbox:/var/mail/{user}. The path may hold "
+        "{user}, {domain}, {home}, {hash1}, {hash2} (qpopper's hash-spool). Keywords: "
+        "kind=mboxrd|mboxo (mboxrd un-quotes >From lines), locks=fcntl,dot, strip-headers=yes|no "
+        "(Status and the like are not sent), owner=NAME|any (default: the user), "
+        "max-messages=N, max-octets=N (0, the default: no limit)."
+    )
+    keywords: Final = (
+        "kind",
+        "locks",
+        "strip-headers",
+        "owner",
+        "max-messages",
+        "max-octets",
+    )
+
+    def make(self, reactor: object, state_dir: str, *args: str, **kwargs: str) -> MboxStore:
+        """As `IStoreFactory.make`."""
+        if len(args) != 1:
+            raise ConfigError("mbox: takes one path, as mbox:/var/mail/{user}; quote a : by \\:")
+        for name in kwargs:
+            if name not in self.keywords:
+                allowed = ", ".join(self.keywords)
+                raise ConfigError(f"mbox: {name}= is not known; there are {allowed}")
+        strip = kwargs.get("strip-headers", "yes")
+        if strip not in ("yes", "no"):
+            raise ConfigError(f"strip-headers={strip}: must be yes or no")
+        return MboxStore(
+            args[0],
+            state_dir,
+            kind=kwargs.get("kind", "mboxrd"),
+            locks=kwargs.get("locks", "fcntl,dot"),
+            strip_headers=strip == "yes",
+            owner=kwargs.get("owner"),
+            max_messages=_count("max-messages", kwargs),
+            max_octets=_count("max-octets", kwargs),
+        )
+
+
+def _count(name: str, kwargs: dict[str, str]) -> int:
+    text = kwargs.get(name, "0")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ConfigError(f"{name}={text}: must be a number, 0 for no limit")
+    return int(text)

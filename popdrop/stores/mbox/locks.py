@@ -1,0 +1,410 @@
+"""The session lock of a maildrop and the two locks of a spool. None of them ever waits.
+
+The session lock keeps a second POP3 session out for as long as the first one lasts. The spool
+locks keep deliverers and mail readers out, only while the spool is scanned or rewritten: fcntl
+first, then the dot-lock (Debian Policy 11.6); when the second is busy the first is given up.
+
+Over 400 lines since who may break whose lock is one question: its answers stand side by side.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import os
+import re
+import stat
+import struct
+import threading
+import time
+from contextlib import suppress
+from hashlib import sha256
+from secrets import token_hex
+from types import TracebackType
+from typing import ClassVar, Final
+
+from popdrop.errors import Busy
+
+KINDS: Final = ("fcntl", "dot")
+"""The spool locks, in the order in which they are taken."""
+
+STALE_AFTER: Final = 300.0
+"""Seconds after which a dot-lock that names no process of this host is stale (liblockfile)."""
+
+TOUCH_EVERY: Final = 60.0
+"""Seconds between touches of our dot-lock; Postfix takes a lock of 500 s for stale."""
+
+_FLOCK: Final = struct.Struct("hhqqi4x")
+_HOLDER: Final = re.compile(rb"\s*([1-9][0-9]{0,9})(?::(\S+))?\s*(?:\n(\S+)\s*)?(?:\n|\Z)")
+_TEMPORARY: Final = ".popdrop-lock-"
+_NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
+
+
+def _lock_file(fd: int, kind: int) -> bool:
+    """Lock or unlock all of a file for this open file description; whether that succeeded.
+
+    Plain POSIX locks belong to the process: any close of the file in it would let them go.
+    """
+    try:
+        fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, os.SEEK_SET, 0, 0, 0))
+    except OSError as error:
+        if error.errno in (errno.EAGAIN, errno.EACCES):
+            return False
+        raise
+    return True
+
+
+class NoDotLock(OSError):
+    """The dot-lock can be neither made nor waited for: no rights, no space, or a broken folder."""
+
+
+def resolved(path: str) -> str:
+    """The path with the symbolic links of its folder resolved; of the file itself none are."""
+    folder, name = os.path.split(path)
+    return os.path.join(os.path.realpath(folder), name)
+
+
+class SessionLock:
+    """Exclusive hold of one maildrop, over all processes of this machine.
+
+    A private file for each spool in `folder`, named by the SHA-256 of the resolved path, so that
+    all login names of one spool meet (decision 11). The file stays: unlinking it would let two
+    sessions lock two files of one name.
+    """
+
+    _held: ClassVar[set[str]] = set()
+    _guard: ClassVar[threading.Lock] = threading.Lock()
+
+    def __init__(self, folder: str, spool: str) -> None:
+        self._path = os.path.join(folder, sha256(os.fsencode(resolved(spool))).hexdigest())
+        self._fd = -1
+
+    def take(self) -> None:
+        """Raises `Busy("session")`, or `OSError`."""
+        with self._guard:
+            if self._path in self._held:
+                raise Busy("session")
+            self._held.add(self._path)
+        try:
+            flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+            self._fd = os.open(self._path, flags, 0o600)
+            if not _lock_file(self._fd, fcntl.F_WRLCK):
+                raise Busy("session")
+        except BaseException:
+            self._let_go()
+            raise
+
+    def release(self) -> None:
+        """Idempotent, never raises; only the one that took the lock lets it go."""
+        if self._fd >= 0:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            with suppress(OSError):
+                os.close(fd)
+        with self._guard:
+            self._held.discard(self._path)
+
+
+class SpoolLocks:
+    """Both locks of a spool, as a context manager.
+
+    Raises `Busy("spool")`, `NoDotLock`, or another `OSError`.
+
+    `fd` is the spool's descriptor, `kinds` those of `KINDS` to use, `write` whether the spool is
+    to be written; a descriptor that is open for reading only can hold a read lock only.
+    """
+
+    def __init__(self, fd: int, path: str, kinds: tuple[str, ...], write: bool) -> None:
+        self._fd = fd
+        self._kinds = kinds
+        self._type = fcntl.F_WRLCK if write else fcntl.F_RDLCK
+        self._locked = False
+        self._dot = DotLock(path)
+        self._touched = 0.0
+
+    def __enter__(self) -> SpoolLocks:
+        if "fcntl" in self._kinds:
+            self._lock()
+        if "dot" in self._kinds:
+            try:
+                self._take_dot()
+            except OSError as error:
+                self._unlock()
+                raise NoDotLock(error.errno, error.strerror, self._dot.path) from error
+            except BaseException:
+                self._unlock()
+                raise
+        self._touched = time.monotonic()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._dot.release()
+        self._unlock()
+
+    def refresh(self) -> None:
+        """To be called often during long work: touches the dot-lock once a minute."""
+        now = time.monotonic()
+        if now - self._touched >= TOUCH_EVERY:
+            self._touched = now
+            self._dot.touch()
+
+    def held(self) -> bool:
+        """Whether the dot-lock is still ours: nobody has taken it for stale and removed it."""
+        return "dot" not in self._kinds or self._dot.ours()
+
+    def _lock(self) -> None:
+        if not _lock_file(self._fd, self._type):
+            raise Busy("spool")
+        self._locked = True
+
+    def _unlock(self) -> None:
+        if self._locked:
+            self._locked = False
+            with suppress(OSError):
+                _lock_file(self._fd, fcntl.F_UNLCK)
+
+    def _take_dot(self) -> None:
+        if self._dot.take():
+            return
+        # A stale dot-lock is only broken by one who holds the other lock: two breakers could
+        # remove each other's new locks.
+        borrowed = not self._locked
+        if borrowed:
+            self._lock()
+        try:
+            if self._dot.break_stale() and self._dot.take():
+                return
+        finally:
+            if borrowed:
+                self._unlock()
+        raise Busy("spool")
+
+
+class DotLock:
+    """`SPOOL.lock`: made whole and at once by a link, with our PID and host name inside.
+
+    Counterparts are liblockfile, Dovecot, Postfix, Exim and procmail.
+    """
+
+    _made: ClassVar[set[str]] = set()
+
+    def __init__(self, spool: str) -> None:
+        self.path = spool + ".lock"
+        self._folder, name = os.path.split(spool)
+        self._folder = self._folder or "."
+        self._temporary = os.path.join(self._folder, f".{name}{_TEMPORARY}")
+        self._fd = -1
+        self._clock = 0.0
+
+    def take(self) -> bool:
+        """One try; whether the lock is ours now. Raises `OSError` where it cannot be made."""
+        fd = -1
+        try:
+            fd = os.open(self._folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o644)
+        except OSError as error:
+            if error.errno not in _NO_TMPFILE:
+                raise
+        if fd >= 0:
+            try:
+                self._sign(fd)
+                taken = _link_descriptor(fd, self._folder, self.path)
+            except OSError as error:
+                os.close(fd)
+                # ENOENT: no /proc here.
+                if error.errno != errno.ENOENT and error.errno not in _NO_TMPFILE:
+                    raise
+            else:
+                return self._keep(fd, taken)
+        return self._take_by_name()
+
+    def _take_by_name(self) -> bool:
+        temporary = self._temporary + token_hex(8)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(temporary, flags, 0o644)
+        try:
+            self._sign(fd)
+            with suppress(FileExistsError):
+                os.link(temporary, self.path)
+            # On NFS the answer to a link that was made may be lost: the count tells.
+            taken = os.fstat(fd).st_nlink == 2
+        except BaseException:
+            os.close(fd)
+            raise
+        finally:
+            os.unlink(temporary)
+        return self._keep(fd, taken)
+
+    def _sign(self, fd: int) -> None:
+        try:
+            os.write(fd, _signature())
+        except OSError as error:
+            # A lock without a PID holds for five minutes, and on a full disk mail must still
+            # be deletable.
+            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+                raise
+        self._clock = os.fstat(fd).st_mtime
+
+    def _keep(self, fd: int, taken: bool) -> bool:
+        if taken:
+            self._fd = fd
+            self._made.add(self.path)
+        else:
+            os.close(fd)
+        return taken
+
+    def break_stale(self) -> bool:
+        """Remove the lock at the path if it is stale; whether it is worth to try again."""
+        try:
+            found = os.lstat(self.path)
+            if not stat.S_ISREG(found.st_mode):
+                return False
+            content = self._content()
+            # In a container each life of ours may have the same PID.
+            of_a_former_life = content == _signature() and self.path not in self._made
+            if not of_a_former_life and not is_stale(content, found.st_mtime, self._clock):
+                return False
+            again = os.lstat(self.path)
+            if (again.st_dev, again.st_ino, again.st_mtime_ns) != (
+                found.st_dev,
+                found.st_ino,
+                found.st_mtime_ns,
+            ):
+                return False
+            os.unlink(self.path)
+        except FileNotFoundError:
+            return True
+        except PermissionError:
+            return False
+        return True
+
+    def _content(self) -> bytes:
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(self.path, flags)
+        except PermissionError:
+            return b""
+        try:
+            return os.read(fd, 512)
+        finally:
+            os.close(fd)
+
+    def ours(self) -> bool:
+        """Whether the file at the path is the one that was made here."""
+        if self._fd < 0:
+            return False
+        try:
+            there, here = os.lstat(self.path), os.fstat(self._fd)
+        except OSError:
+            return False
+        return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
+
+    def touch(self) -> None:
+        """Set its times to now, so that nobody takes it for stale."""
+        if self._fd >= 0:
+            with suppress(OSError):
+                os.utime(self._fd)
+
+    def release(self) -> None:
+        """Remove the lock if it is still ours. Idempotent, never raises."""
+        if self._fd < 0:
+            return
+        if self.ours():
+            with suppress(OSError):
+                os.unlink(self.path)
+        self._made.discard(self.path)
+        fd, self._fd = self._fd, -1
+        with suppress(OSError):
+            os.close(fd)
+
+
+def _signature() -> bytes:
+    return b"%d\n%s\n" % (os.getpid(), os.fsencode(os.uname().nodename))
+
+
+def _link_descriptor(fd: int, folder: str, path: str) -> bool:
+    """Give a nameless file its name, unless the name is taken (open(2), O_TMPFILE)."""
+    # `os.link` follows the link in /proc only when it is given folder descriptors.
+    at = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.link(
+            f"/proc/self/fd/{fd}",
+            os.path.basename(path),
+            src_dir_fd=at,
+            dst_dir_fd=at,
+            follow_symlinks=True,
+        )
+    except FileExistsError:
+        return False
+    finally:
+        os.close(at)
+    return True
+
+
+def is_stale(content: bytes, made: float, now: float) -> bool:
+    """Whether a dot-lock has lost its holder.
+
+    `content` is what the lock says: a PID, then the host behind `:` or on the second line. `made`
+    is its time of modification and `now` the file system's own clock, both in seconds. A PID
+    without a host counts as of this host. A lock without a PID (procmail, Postfix) or of another
+    host is never stale before `STALE_AFTER`.
+    """
+    holder = _HOLDER.match(content)
+    if holder:
+        host = holder[2] or holder[3]
+        if host is None or os.fsdecode(host) == os.uname().nodename:
+            if not _is_alive(int(holder[1])):
+                return True
+            # The PID may be another's by now. The age guards against a clock set after boot.
+            return made < _boot_time() and now - made > STALE_AFTER
+    return now - made > STALE_AFTER
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        pass
+    return True
+
+
+def _boot_time() -> float:
+    """When this machine was started, in seconds since the epoch; 0 where that is not known."""
+    with suppress(OSError, ValueError), open("/proc/stat", "rb") as lines:
+        for line in lines:
+            if line.startswith(b"btime "):
+                return float(line[6:])
+    return 0.0
+
+
+def sweep(folder: str) -> int:
+    """Remove what a killed process of ours left of a dot-lock in the making; how many.
+
+    Only regular files of our own uid, older than `STALE_AFTER`. Raises `OSError` where the folder
+    cannot be read.
+    """
+    count = 0
+    before = time.time() - STALE_AFTER
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if not (entry.name.startswith(".") and _TEMPORARY in entry.name):
+                continue
+            with suppress(OSError):
+                found = entry.stat(follow_symlinks=False)
+                if (
+                    stat.S_ISREG(found.st_mode)
+                    and found.st_uid == os.geteuid()
+                    and found.st_mtime < before
+                ):
+                    os.unlink(entry.path)
+                    count += 1
+    return count

@@ -1,0 +1,305 @@
+"""Octets of an mbox file to the places and sizes of its messages. Pure: no file is touched here.
+
+* A From_ line counts at the start of the file (leading empty lines are skipped) or after an empty
+  line, and only with one of c-client's date forms.
+* The empty line before a From_ line, or at the end of the file, separates and is no part of the
+  message: so sizes and ids stay the same when mail is appended.
+* LF and CRLF end a line, a bare CR is data. The header ends at the first empty line.
+* As sent: header fields in `strip` are left out, lines `>From `, `>>From ` lose one `>` (mboxrd),
+  each line ends with CRLF, also the last one.
+
+All searching is done in C and by blocks, never line by line in Python.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from dataclasses import dataclass, field
+from typing import Final
+from zlib import crc32
+
+from popdrop.stores.uidl import EMPTY_LINE, FIELD, STRIPPED, HeaderCut
+
+UNQUOTES: Final = {"mboxrd": True, "mboxo": False}
+"""The kinds of mbox, and whether `>From ` lines of each are un-quoted."""
+
+BLOCK: Final = 256 * 1024
+"""Octets to read at a time: one search of them holds the interpreter for about 0.2 ms."""
+
+LONGEST_FROM: Final = 4500
+"""No From_ line is longer, in octets with its line end: the pattern below sees to it."""
+
+LONGEST_TAIL: Final = 8192
+"""Octets of an unfinished line that wait for the rest. A longer line cannot be a From_ line."""
+
+# c-client's forms (its unix.h): `Wed Dec  2 05:53 1992`, with or without seconds, a zone word or
+# numeric zone before or after the year, and each with ` remote from host`. As there, the sender
+# may hold anything. Zone words of more than three letters (CEST) are taken too.
+_ZONE: Final = rb"(?: [A-Za-z]{1,5}(?: DST)?| [+-]\d{4})?"
+_DATED: Final = (
+    rb"(?:[^\n]{0,4000} )?[A-Za-z\x80-\xff]{3} [A-Za-z\x80-\xff]{3} [ \d]?\d [ \d]\d:\d\d(?::\d\d)?"
+    + _ZONE
+    + rb" \d{4}"
+    + _ZONE
+    + rb"(?: {1,8}remote from [^ \n]{1,255})?\r?\n"
+)
+FROM_LINE: Final = re.compile(rb"From " + _DATED)
+"""A From_ line with its line end."""
+
+# One pass finds the From_ lines and, as matches of just these five octets, what may be quoted.
+_BOUNDARY: Final = rb"(?:(?<=\n\nFrom )|(?<=\n\r\nFrom ))" + _DATED
+_TOKENS: Final = {
+    True: re.compile(rb"From (?:" + _BOUNDARY + rb"|(?<=>From ))"),
+    False: re.compile(rb"From " + _BOUNDARY),
+}
+_TOKEN_OCTETS: Final = 5
+_QUOTED: Final = re.compile(rb"\n>+From ")
+_QUOTE_RUN: Final = re.compile(rb">+((?:F(?:r(?:om?)?)?)?)")
+_EMPTY_LINES: Final = re.compile(rb"(?:\r?\n)*")
+
+# The message that c-client puts first for data of its own. qpopper, whose marks these are, hides
+# it when two of the three are there.
+_PSEUDO_MARKS: Final = (
+    re.compile(
+        rb"(?i:\nSubject:)[^\n]{0,80}"
+        rb"(?:DO NOT DELETE|DON'T DELETE THIS MESSAGE|FOLDER INTERNAL DATA)"
+    ),
+    re.compile(rb"(?i)\nX-IMAP:"),
+    re.compile(rb"(?i)\nFrom:[ \t]{0,8}Mail System Internal Data"),
+)
+
+_CONTEXT: Final = 3
+"""Octets before the next one that decide whether a From_ line may stand there."""
+
+_NOWHERE: Final = b"xxx"
+_LINE_START: Final = b"xx\n"
+
+
+class NotAnMbox(ValueError):
+    """The first octets, behind empty lines, are no From_ line.
+
+    `line` is 1-based, `offset` in octets and 0-based.
+    """
+
+    def __init__(self, line: int, offset: int) -> None:
+        super().__init__(f"no From_ line at line {line}, offset {offset}")
+        self.line = line
+        self.offset = offset
+
+
+def _octets() -> array[int]:
+    return array("Q")
+
+
+@dataclass(slots=True)
+class Spans:
+    """Where the messages of one mbox file lie. 30 octets of memory a message.
+
+    `starts`  offsets of the From_ lines, in octets
+    `heads`   octets of each From_ line with its line end
+    `lengths` octets of each message as stored, behind its From_ line, without the separator
+    `sizes`   octets of each as sent (RFC 1939 section 11)
+    `checks`  CRC-32 of the From_ line, the header without spool headers, and the body's length
+    `end`     octets scanned
+    `hidden`  whether a c-client pseudo message stands before the first of these
+    """
+
+    starts: array[int] = field(default_factory=_octets)
+    heads: array[int] = field(default_factory=lambda: array("H"))
+    lengths: array[int] = field(default_factory=_octets)
+    sizes: array[int] = field(default_factory=_octets)
+    checks: array[int] = field(default_factory=lambda: array("I"))
+    end: int = 0
+    hidden: bool = False
+
+    def __len__(self) -> int:
+        return len(self.starts)
+
+    def offset(self, index: int) -> int:
+        """Where the octets behind the From_ line of message `index` (0-based) begin."""
+        return self.starts[index] + self.heads[index]
+
+    def content_end(self, index: int) -> int:
+        """Behind the last octet of message `index`, its separator not counted."""
+        return self.offset(index) + self.lengths[index]
+
+    def stop(self, index: int) -> int:
+        """Where the next From_ line begins, or the end of what was scanned."""
+        return self.starts[index + 1] if index + 1 < len(self.starts) else self.end
+
+
+class Scanner:
+    """Takes an mbox file by blocks of any size and gives its `Spans`.
+
+    `hide` looks for the c-client pseudo message; a part of a file is scanned without.
+    """
+
+    def __init__(
+        self, *, unquote: bool = True, strip: frozenset[bytes] = STRIPPED, hide: bool = True
+    ) -> None:
+        self._spans = Spans()
+        self._strip = strip
+        self._tokens = _TOKENS[unquote]
+        self._hide = hide
+        self._buffer = _NOWHERE
+        self._base = -_CONTEXT
+        self._at_start = True
+        self._skipped_lines = 0
+        self._has_cr = False
+        # Of the message in progress:
+        self._start = self._content = self._body = 0
+        self._octets = 0
+        self._check = 0
+        self._marks: set[int] = set()
+        self._in_header = False
+        self._cut: HeaderCut | None = None
+
+    def feed(self, block: bytes) -> None:
+        """Take the next octets of the file. Raises `NotAnMbox`."""
+        buffer = self._buffer + block
+        done = _CONTEXT
+        self._has_cr = b"\r" in buffer
+        if self._at_start:
+            done = self._find_first(buffer)
+            if self._at_start:
+                self._keep(buffer, done)
+                return
+        end = buffer.rfind(b"\n", done) + 1
+        if end:
+            self._lines(buffer, done, end)
+            done = end
+        if len(buffer) - done > LONGEST_TAIL:
+            self._part_of_line(buffer, done)
+        else:
+            self._keep(buffer, done)
+
+    def close(self) -> Spans:
+        """No more octets. Raises `NotAnMbox`."""
+        buffer = self._buffer
+        self._spans.end = self._base + len(buffer)
+        if self._at_start:
+            if len(buffer) > _CONTEXT:
+                raise NotAnMbox(self._skipped_lines + 1, self._base + _CONTEXT)
+            return self._spans
+        self._has_cr = b"\r" in buffer
+        self._lines(buffer, _CONTEXT, len(buffer))
+        separator = 0
+        if buffer.endswith(b"\n\n"):
+            separator = 1
+        elif buffer.endswith(b"\n\r\n"):
+            separator = 2
+        elif not buffer.endswith(b"\n") and not (
+            self._in_header and self._cut and self._cut.in_unsent_field
+        ):
+            self._octets += 2
+        self._finish(self._spans.end, separator)
+        return self._spans
+
+    def _keep(self, buffer: bytes, done: int) -> None:
+        self._buffer = buffer[done - _CONTEXT :]
+        self._base += done - _CONTEXT
+
+    def _find_first(self, buffer: bytes) -> int:
+        """Skip empty lines and begin the first message; how far that came."""
+        done = _CONTEXT
+        empty = _EMPTY_LINES.match(buffer, done)
+        if empty:
+            self._skipped_lines += buffer.count(b"\n", done, empty.end())
+            done = empty.end()
+        first = FROM_LINE.match(buffer, done)
+        if first:
+            self._at_start = False
+            self._begin(first)
+            return first.end()
+        if b"\n" in buffer[done:] or len(buffer) - done > LONGEST_FROM:
+            raise NotAnMbox(self._skipped_lines + 1, self._base + done)
+        return done
+
+    def _part_of_line(self, buffer: bytes, done: int) -> None:
+        """Take a line that is too long to wait for, all but what is needed to go on."""
+        run = _QUOTE_RUN.fullmatch(buffer, done) if buffer[done - 1] == 0x0A else None
+        if run:
+            # Any `>` of the run may be the one to go: the last one stands for the line's start.
+            end = run.start(1) - 1
+            self._piece(buffer, done, end, False)
+            self._buffer = _LINE_START + buffer[end:]
+            self._base += end - _CONTEXT
+        else:
+            # The last octet may be the CR of the line's end.
+            end = len(buffer) - 1
+            self._lines(buffer, done, end)
+            self._keep(buffer, end)
+
+    def _lines(self, buffer: bytes, done: int, end: int) -> None:
+        """Take `buffer[done:end]`: whole lines, or a part of a long one."""
+        quoted = False
+        for token in self._tokens.finditer(buffer, done, end):
+            start, stop = token.span()
+            if stop - start == _TOKEN_OCTETS:
+                quoted = True
+                continue
+            self._piece(buffer, done, start, quoted)
+            self._finish(self._base + start, 2 if buffer[start - 2] == 0x0D else 1)
+            self._begin(token)
+            done, quoted = stop, False
+        self._piece(buffer, done, end, quoted)
+
+    def _begin(self, line: re.Match[bytes]) -> None:
+        self._start = self._base + line.start()
+        self._content = self._body = self._base + line.end()
+        self._octets = 0
+        self._check = crc32(line[0])
+        self._in_header = True
+        self._cut = None
+
+    def _piece(self, buffer: bytes, start: int, end: int, quoted: bool) -> None:
+        """Octets of the message in progress, all of them in it."""
+        if start == end:
+            return
+        self._octets += end - start + buffer.count(b"\n", start, end)
+        if self._has_cr:
+            self._octets -= buffer.count(b"\r\n", start, end)
+        if quoted:
+            self._octets -= len(_QUOTED.findall(buffer, start - 1, end))
+        if self._in_header:
+            self._header(buffer, start, end)
+
+    def _header(self, buffer: bytes, start: int, end: int) -> None:
+        before = start - 1
+        if self._has_cr:
+            empty = EMPTY_LINE.search(buffer, before, end)
+            stop = empty.start() + 1 if empty else 0
+        else:
+            stop = buffer.find(b"\n\n", before, end) + 1
+        if stop:
+            self._in_header = False
+        else:
+            stop = end
+        piece = buffer[start:stop]
+        if self._cut or self._in_header or FIELD.search(buffer, before, stop - 1):
+            self._cut = self._cut or HeaderCut(self._strip)
+            piece = self._cut.cut(piece)
+        self._check = crc32(piece, self._check)
+        self._body = self._base + stop
+        if self._hide:
+            for number, mark in enumerate(_PSEUDO_MARKS):
+                if mark.search(buffer, before, stop):
+                    self._marks.add(number)
+
+    def _finish(self, end: int, separator: int) -> None:
+        """The message in progress and its separator, in octets, end at offset `end`."""
+        spans = self._spans
+        if self._hide:
+            self._hide = False
+            if len(self._marks) > 1:
+                spans.hidden = True
+                return
+        content_end = end - separator
+        spans.starts.append(self._start)
+        spans.heads.append(self._content - self._start)
+        spans.lengths.append(content_end - self._content)
+        spans.sizes.append(
+            self._octets - (2 if separator else 0) - (self._cut.unsent if self._cut else 0)
+        )
+        spans.checks.append(crc32(b"%d" % (content_end - self._body), self._check))

@@ -1,0 +1,148 @@
+"""One spool file: opened safely, read by places, shortened in place. Knows nothing of mbox."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Final
+
+from popdrop.errors import PermanentFailure
+
+UNSAFE: Final = "maildrop is not a plain file of its user"
+
+COPY_BLOCK: Final = 1 << 20
+"""Octets to move at a time."""
+
+NO_RIGHT: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
+
+Key = tuple[int, int, int, int, int]
+
+
+def key_of(found: os.stat_result) -> Key:
+    """What is different when anything was written to the file, or when it is another file."""
+    return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+class Spool:
+    """An open spool file. Offsets and lengths are in octets; all may raise `OSError`."""
+
+    def __init__(self, fd: int, path: str, writable: bool) -> None:
+        self.fd = fd
+        self.path = path
+        self.writable = writable
+
+    def stat(self) -> os.stat_result:
+        """The file's facts as they are now."""
+        return os.fstat(self.fd)
+
+    def is_at_path(self) -> bool:
+        """Whether this is still the file that a deliverer would find, and under one name only."""
+        try:
+            there, here = os.lstat(self.path), self.stat()
+        except FileNotFoundError:
+            return False
+        return (there.st_dev, there.st_ino, there.st_nlink) == (here.st_dev, here.st_ino, 1)
+
+    def read(self, start: int, stop: int) -> bytes:
+        """The octets from `start` to `stop`, fewer where the file ends before."""
+        return os.pread(self.fd, max(stop - start, 0), start)
+
+    def blocks(self, start: int, stop: int, size: int) -> Iterator[bytes]:
+        """As `read`, in blocks of at most `size`."""
+        while start < stop:
+            block = os.pread(self.fd, min(size, stop - start), start)
+            if not block:
+                return
+            yield block
+            start += len(block)
+
+    def close(self) -> None:
+        """Idempotent, never raises."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            with suppress(OSError):
+                os.close(fd)
+
+
+def open_spool(path: str, uids: frozenset[int] | None) -> Spool | None:
+    """Open a spool to be read and, where the rights allow it, written; `None` if there is none.
+
+    Only a regular file under one name, owned by one of `uids` (`None`: by anybody), so that
+    nobody is led to another's mail (CVE-2008-1199, CVE-2010-2023). Raises `PermanentFailure` for
+    anything else, `OSError` where the system refuses.
+    """
+    try:
+        # Before it is opened: to open a device may do something.
+        _check(path, os.lstat(path), uids)
+    except FileNotFoundError:
+        # No file is no mail. No folder is a wrong template or a missing mount, and clients forget
+        # what they have seen when they are shown an empty maildrop.
+        os.lstat(os.path.dirname(path))
+        return None
+    flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        spool = Spool(os.open(path, flags | os.O_RDWR), path, True)
+    except OSError as error:
+        if error.errno not in NO_RIGHT:
+            raise
+        spool = Spool(os.open(path, flags | os.O_RDONLY), path, False)
+    try:
+        _check(path, spool.stat(), uids)
+    except BaseException:
+        spool.close()
+        raise
+    return spool
+
+
+_TYPES: Final = {
+    stat.S_IFLNK: "symbolic link",
+    stat.S_IFDIR: "directory",
+    stat.S_IFIFO: "FIFO",
+    stat.S_IFSOCK: "socket",
+    stat.S_IFCHR: "device",
+    stat.S_IFBLK: "device",
+}
+
+
+def _check(path: str, found: os.stat_result, uids: frozenset[int] | None) -> None:
+    fault = ""
+    if not stat.S_ISREG(found.st_mode):
+        fault = f"is a {_TYPES.get(stat.S_IFMT(found.st_mode), 'special file')}"
+    elif found.st_nlink > 1:
+        fault = f"has {found.st_nlink} links"
+    elif uids is not None and found.st_uid not in uids:
+        fault = f"belongs to uid {found.st_uid}, not {' or '.join(map(str, sorted(uids)))}"
+    if fault:
+        raise PermanentFailure(UNSAFE, f"{path} {fault}")
+
+
+def move_down(
+    fd: int, first: int, kept: list[tuple[int, int]], refresh: Callable[[], None]
+) -> None:
+    """Replace all from offset `first` by the ranges `kept` of the same file, and sync it.
+
+    Each range lies behind the place it goes to. Needs no space on most file systems. Not safe
+    against a crash: some of the octets are there twice, and some no more, while it runs.
+    """
+    for start, stop in kept:
+        while start < stop:
+            block = memoryview(os.pread(fd, min(COPY_BLOCK, stop - start), start))
+            if not block:
+                raise OSError(errno.EIO, "file became shorter while it was locked")
+            start += len(block)
+            while block:
+                written = os.pwrite(fd, block, first)
+                first += written
+                block = block[written:]
+            refresh()
+    os.fsync(fd)
+    truncate(fd, first)
+
+
+def truncate(fd: int, size: int) -> None:
+    """Cut the file off at `size` octets and sync it: one step, there or not after a crash."""
+    os.ftruncate(fd, size)
+    os.fsync(fd)

@@ -1,0 +1,167 @@
+"""Unique-ids of mbox messages: a hash over what no spool software ever changes.
+
+Nothing has to be stored, so nothing can be lost: the id of a message is the same after a restart,
+after another program wrote `Status` fields, and on another machine.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b32encode
+from collections.abc import Iterable, Iterator
+from hashlib import sha256
+from typing import Final
+
+SPOOL_HEADERS: Final = frozenset(
+    {
+        b"status",
+        b"x-status",
+        b"x-keywords",
+        b"x-uid",
+        b"x-uidl",
+        b"x-imap",
+        b"x-imapbase",
+        b"content-length",
+        b"lines",
+    }
+)
+"""Lower-case names of the header fields that spool software adds and rewrites.
+
+They are no part of a message's identity (qpopper, UW c-client, Dovecot and popa3d write them).
+"""
+
+STRIPPED: Final = SPOOL_HEADERS - {b"x-uidl", b"lines"}
+"""Those of `SPOOL_HEADERS` that are not sent to clients."""
+
+EMPTY_LINE: Final = re.compile(rb"\n\r?\n")
+"""The end of a line and the empty line behind it, which ends a header."""
+
+_INITIALS: Final = bytes({name[0] for name in SPOOL_HEADERS})
+FIELD: Final = re.compile(
+    # The look at the initial halves the time of lines that are something else.
+    rb"(?i)\n(?=[%s])(%s):[^\n]*(?:\n[ \t][^\n]*)*" % (_INITIALS, b"|".join(sorted(SPOOL_HEADERS)))
+)
+"""One spool header with its folded lines: from the LF before it up to, not with, its own LF."""
+
+LONGEST_NAME: Final = 64
+"""Octets of a line after which its field name is known for certain."""
+
+DIGEST_OCTETS: Final = 16
+
+
+class HeaderCut:
+    """Takes the spool headers out of a header that comes in pieces.
+
+    A piece ends behind a LF, or within a line of which more than `LONGEST_NAME` octets have come
+    (and then not between CR and LF).
+    """
+
+    __slots__ = ("_dropping", "_midline", "_strip", "unsent")
+
+    def __init__(self, strip: frozenset[bytes] = frozenset(), *, midline: bool = False) -> None:
+        self._strip = strip
+        self._midline = midline
+        self._dropping = b""
+        self.unsent = 0
+        """Octets as sent of the fields named in `strip`, which are not sent."""
+
+    @property
+    def in_unsent_field(self) -> bool:
+        """Whether the last octets belong to a field that is not sent."""
+        return self._dropping.lower() in self._strip
+
+    def cut(self, piece: bytes) -> bytes:
+        """The piece without spool headers."""
+        # The pattern looks for a LF and a name, so what was before the piece is put in front of it.
+        before = b"" if self._midline else b"\n"
+        if self._dropping:
+            before = b"\n" + self._dropping + b":" + before
+            if self.in_unsent_field:
+                self.unsent -= _as_sent(before[1:])
+        text = before + piece
+        self._midline = not piece.endswith(b"\n")
+        end = len(text) - (not self._midline)
+        kept = []
+        position = 0
+        self._dropping = b""
+        for field in FIELD.finditer(text):
+            kept.append(text[position : field.start()])
+            position = field.end()
+            if field[1].lower() in self._strip:
+                self.unsent += _as_sent(text[field.start() + 1 : position + 1])
+            if position == end:
+                self._dropping = field[1]
+        kept.append(text[position:])
+        # A field was dropped with the LF before it, not with its own: one LF is over.
+        return b"".join(kept)[before.startswith(b"\n") :]
+
+
+def _as_sent(octets: bytes) -> int:
+    return len(octets) + octets.count(b"\n") - octets.count(b"\r\n")
+
+
+class MessageHash:
+    """The first 128 bits of SHA-256 over a message's immutable octets (decision 14).
+
+    Those are the From_ line, the header without `SPOOL_HEADERS`, and the body as stored; the
+    empty line before the next From_ line is not among them. Fed by blocks of any size.
+    """
+
+    __slots__ = ("_cut", "_hash", "_header", "_rest", "_taken")
+
+    def __init__(self) -> None:
+        self._hash = sha256(usedforsecurity=False)
+        # The From_ line comes first and is no field, so the beginning counts as within a line.
+        self._cut = HeaderCut(midline=True)
+        self._header = True
+        self._rest = b""
+        self._taken = 0
+
+    def update(self, block: bytes) -> None:
+        """Take the next octets, the From_ line's first."""
+        if not self._header:
+            self._hash.update(block)
+            return
+        # At a line's start `_rest` begins with the LF before it, which has been taken already:
+        # so an empty line is seen wherever the blocks are cut.
+        text, taken = self._rest + block, self._taken
+        empty = EMPTY_LINE.search(text)
+        if empty:
+            end = empty.start() + 1
+            self._take(text[taken:end])
+            self._hash.update(text[end:])
+            self._header = False
+            self._rest = b""
+            return
+        end = text.rfind(b"\n") + 1
+        if end > taken:
+            self._take(text[taken:end])
+            text, taken = text[end - 1 :], 1
+        if len(text) - taken > LONGEST_NAME:
+            self._take(text[taken:])
+            text, taken = b"", 0
+        self._rest, self._taken = text, taken
+
+    def digest(self) -> bytes:
+        """The hash, 16 octets. Ends the feeding."""
+        self._take(self._rest[self._taken :])
+        self._rest = b""
+        return self._hash.digest()[:DIGEST_OCTETS]
+
+    def _take(self, header: bytes) -> None:
+        if header:
+            self._hash.update(self._cut.cut(header))
+
+
+def text_of(digest: bytes) -> bytes:
+    """A digest as 26 characters of base32, in lower case (RFC 1939 section 7 allows 1 to 70)."""
+    return b32encode(digest).rstrip(b"=").lower()
+
+
+def unique_ids(digests: Iterable[bytes]) -> Iterator[bytes]:
+    """The ids of one maildrop in order: the second of two equal messages gets `-2`, and so on."""
+    seen: dict[bytes, int] = {}
+    for digest in digests:
+        copies = seen[digest] = seen.get(digest, 0) + 1
+        text = text_of(digest)
+        yield text if copies == 1 else b"%s-%d" % (text, copies)

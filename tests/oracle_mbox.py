@@ -1,0 +1,224 @@
+"""A slow reader of mbox octets, line by line, that says what the fast one must find.
+
+Written from the rules alone; it shares nothing with `popdrop.stores.mbox.scan` but the names of
+header fields.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import zlib
+from base64 import b32encode
+from dataclasses import dataclass
+
+SPOOL_HEADERS = (
+    b"status x-status x-keywords x-uid x-uidl x-imap x-imapbase content-length lines".split()
+)
+NOT_SENT = [name for name in SPOOL_HEADERS if name not in (b"x-uidl", b"lines")]
+
+
+class Corrupt(Exception):
+    def __init__(self, line: int, offset: int) -> None:
+        super().__init__(line, offset)
+        self.line, self.offset = line, offset
+
+
+@dataclass
+class Message:
+    """`stored` is without From_ line and separator; `immutable` is what an id is made of."""
+
+    start: int
+    from_line: bytes
+    stored: bytes
+    sent: bytes
+    immutable: bytes
+    check: int
+
+    @property
+    def digest(self) -> bytes:
+        return hashlib.sha256(self.immutable).digest()[:16]
+
+    @property
+    def uid(self) -> bytes:
+        return b32encode(self.digest)[:26].lower()
+
+
+def lines_of(octets: bytes) -> list[bytes]:
+    lines = [line + b"\n" for line in octets.split(b"\n")]
+    last = lines.pop()[:-1]
+    return [*lines, last] if last else lines
+
+
+def _digits(word: bytes, count: int) -> bool:
+    return len(word) == count and all(0x30 <= c <= 0x39 for c in word)
+
+
+def _name(word: bytes) -> bool:
+    return len(word) == 3 and all(c > 127 or chr(c).isalpha() for c in word)
+
+
+def _zones(words: list[bytes]) -> list[int]:
+    """How many words a zone may take here: none is always possible."""
+    found = [0]
+    if words:
+        word = words[0]
+        if word[:1] in (b"+", b"-") and _digits(word[1:], 4):
+            found.append(1)
+        if 1 <= len(word) <= 5 and all(c < 128 and chr(c).isalpha() for c in word):
+            found.append(1)
+            if words[1:2] == [b"DST"]:
+                found.append(2)
+    return found
+
+
+def _clock(word: bytes) -> bool:
+    parts = word.split(b":")
+    return len(parts) in (2, 3) and all(_digits(part, 2) for part in parts)
+
+
+def _end(words: list[bytes]) -> bool:
+    """Zone?, year, zone?, remote from host?"""
+    for before in _zones(words):
+        rest = words[before:]
+        if not rest or not _digits(rest[0], 4):
+            continue
+        for after in _zones(rest[1:]):
+            tail = rest[1 + after :]
+            if not tail:
+                return True
+            blanks = 0
+            while blanks < len(tail) and tail[blanks] == b"":
+                blanks += 1
+            tail = tail[blanks:]
+            if blanks < 8 and tail[:2] == [b"remote", b"from"] and len(tail) == 3:
+                return 1 <= len(tail[2]) <= 255
+    return False
+
+
+def _date(words: list[bytes]) -> bool:
+    if len(words) < 5 or not _name(words[0]) or not _name(words[1]):
+        return False
+    rest = words[2:]
+    if rest[0] == b"" and _digits(rest[1], 1):
+        rest = rest[2:]
+    elif _digits(rest[0], 1) or _digits(rest[0], 2):
+        rest = rest[1:]
+    else:
+        return False
+    if rest[:1] == [b""]:  # the hour is padded with a blank
+        rest = [b"0" + rest[1], *rest[2:]] if len(rest) > 1 else []
+    return bool(rest) and _clock(rest[0]) and _end(rest[1:])
+
+
+def is_from_line(line: bytes) -> bool:
+    if not line.startswith(b"From ") or not line.endswith(b"\n"):
+        return False
+    line = line[5:-1]
+    line = line[:-1] if line.endswith(b"\r") else line
+    words = line.split(b" ")
+    for place in range(len(words)):
+        sender = b" ".join(words[:place])
+        if len(sender) <= 4000 and _date(words[place:]):
+            return True
+    return False
+
+
+def _empty(line: bytes) -> bool:
+    return line in (b"\n", b"\r\n")
+
+
+def _without(lines: list[bytes], names: list[bytes]) -> list[bytes]:
+    """The lines of a message without these header fields; the first line is no From_ line."""
+    kept, dropping = [], False
+    for number, line in enumerate(lines):
+        if _empty(line):
+            return kept + lines[number:]
+        if line[:1] not in (b" ", b"\t"):
+            name, colon, _ = line.partition(b":")
+            dropping = bool(colon) and name.lower() in names
+        elif number == 0:
+            dropping = False
+        if not dropping:
+            kept.append(line)
+    return kept
+
+
+def _as_sent(lines: list[bytes], unquote: bool) -> bytes:
+    sent = []
+    for line in lines:
+        if unquote and re.match(rb">+From ", line):
+            line = line[1:]
+        if line.endswith(b"\r\n"):
+            line = line[:-2]
+        elif line.endswith(b"\n"):
+            line = line[:-1]
+        sent.append(line + b"\r\n")
+    return b"".join(sent)
+
+
+def _is_pseudo(lines: list[bytes]) -> bool:
+    marks = set()
+    for line in lines:
+        if _empty(line):
+            break
+        name, colon, value = line.partition(b":")
+        name = name.lower() if colon else b""
+        if name == b"subject":
+            for words in (b"DO NOT DELETE", b"DON'T DELETE THIS MESSAGE", b"FOLDER INTERNAL DATA"):
+                if 0 <= value.find(words) <= 80:
+                    marks.add(name)
+        elif name == b"x-imap":
+            marks.add(name)
+        elif name == b"from":
+            blanks = len(value) - len(value.lstrip(b" \t"))
+            if blanks <= 8 and value[blanks:].lower().startswith(b"mail system internal data"):
+                marks.add(name)
+    return len(marks) > 1
+
+
+def read(
+    octets: bytes, unquote: bool = True, strip: bool = True, hide: bool = True
+) -> list[Message]:
+    lines = lines_of(octets)
+    number = offset = 0
+    while number < len(lines) and _empty(lines[number]):
+        offset += len(lines[number])
+        number += 1
+    if number == len(lines):
+        return []
+    if not is_from_line(lines[number]):
+        raise Corrupt(number + 1, offset)
+    groups: list[tuple[int, list[bytes]]] = []
+    for place in range(number, len(lines)):
+        line = lines[place]
+        begins = place == number or (_empty(lines[place - 1]) and is_from_line(line))
+        if begins:
+            groups.append((offset, []))
+        groups[-1][1].append(line)
+        offset += len(line)
+    messages = [_message(start, group, unquote, strip) for start, group in groups]
+    if hide and _is_pseudo(groups[0][1][1:]):
+        del messages[0]
+    return messages
+
+
+def _message(start: int, group: list[bytes], unquote: bool, strip: bool) -> Message:
+    from_line, content = group[0], group[1:]
+    if content and _empty(content[-1]):
+        content = content[:-1]
+    header = 0
+    while header < len(content) and not _empty(content[header]):
+        header += 1
+    immutable = from_line + b"".join(_without(content, SPOOL_HEADERS))
+    fixed = from_line + b"".join(_without(content[:header], SPOOL_HEADERS))
+    body = b"%d" % len(b"".join(content[header:]))
+    sent = _without(content, NOT_SENT) if strip else content
+    return Message(
+        start,
+        from_line,
+        b"".join(content),
+        _as_sent(sent, unquote),
+        immutable,
+        zlib.crc32(fixed + body),
+    )
