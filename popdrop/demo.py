@@ -1,0 +1,72 @@
+"""`--demo`: a throw-away maildrop with a handful of realistic mails."""
+
+from __future__ import annotations
+
+import os
+from base64 import b64encode
+from email.utils import formatdate
+from time import asctime, gmtime
+from typing import Final
+
+USER: Final = "demo"
+
+_BODIES: Final[tuple[tuple[str, str, bytes], ...]] = (
+    (
+        "alice@example.org",
+        "Subject: Lunch on Thursday\nContent-Type: text/plain; charset=us-ascii\n",
+        b"Shall we meet at the old place at noon?\n\n-- \nAlice\n",
+    ),
+    (
+        "list-owner@example.net",
+        "Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe_aus_K=C3=B6ln?=\nMIME-Version: 1.0\n"
+        "Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: 8bit\n",
+        "Viele Grüße vom Rhein, auch an Zoë und Björn.\n".encode(),
+    ),
+    (
+        "reports@example.com",
+        "Subject: The figures, attached\nMIME-Version: 1.0\n"
+        'Content-Type: multipart/mixed; boundary="=_figures"\n',
+        b"--=_figures\nContent-Type: text/plain; charset=us-ascii\n\nAs promised.\n\n"
+        b'--=_figures\nContent-Type: text/csv; name="figures.csv"\n'
+        b"Content-Transfer-Encoding: base64\n"
+        b'Content-Disposition: attachment; filename="figures.csv"\n\n'
+        + b"\n".join(
+            b64encode(b"".join(b"%d;%d\n" % (i, i * i) for i in range(j, j + 8)))
+            for j in range(0, 64, 8)
+        )
+        + b"\n--=_figures--\n",
+    ),
+    (
+        "carol@example.org",
+        "Subject: A line with one dot\nContent-Type: text/plain; charset=us-ascii\n",
+        b"A lone dot ends a message on the wire, unless the server takes care:\n.\n"
+        b"If you can read this line, it did.\n",
+    ),
+    (
+        "dave@example.org",
+        "Subject: Quoted\nContent-Type: text/plain; charset=us-ascii\n",
+        b"The next line begins with a word that separates mails in a spool.\n\n"
+        b">From here on all is well.\n",
+    ),
+)
+
+
+def write_spool(path: str, now: float) -> int:
+    """Write an mboxrd spool, mode 0600, dated `now` (seconds since the epoch).
+
+    Returns how many mails it holds.
+    """
+    parts = []
+    for number, (sender, fields, body) in enumerate(_BODIES):
+        when = now - 3600 * (len(_BODIES) - number)
+        header = (
+            f"From {sender} {asctime(gmtime(when))}\n"
+            f"Received: from mail.example.org by localhost; {formatdate(when)}\n"
+            f"From: <{sender}>\nTo: <{USER}@localhost>\nDate: {formatdate(when)}\n"
+            f"Message-ID: <{number}.{int(when)}@demo.invalid>\n{fields}\n"
+        )
+        parts.append(header.encode("ascii") + body + b"\n")
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    with open(descriptor, "wb") as spool:
+        spool.write(b"".join(parts))
+    return len(_BODIES)

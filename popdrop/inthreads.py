@@ -1,0 +1,286 @@
+"""A blocking store as an `IStore`: its calls in threads, its waits on reactor timers.
+
+Calls for one drop are strictly one after another. A call that has begun runs to its end, since a
+thread cannot be interrupted; `release` queues behind it.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Awaitable, Callable, Collection
+from random import SystemRandom
+from typing import Any, Final, TypeVar
+
+from twisted.internet.defer import Deferred, succeed
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from popdrop.errors import Busy, InUse, TemporaryFailure
+from popdrop.interfaces import (
+    IBlockingMaildrop,
+    IBlockingStore,
+    IBlocks,
+    IMaildrop,
+    IStore,
+)
+from popdrop.listing import Listing
+from popdrop.threads import Pool
+from popdrop.values import Owner, Source
+from popdrop.wire import Outgoing
+
+T = TypeVar("T")
+
+log = Logger()
+_random = SystemRandom()
+
+HOT_LIMIT: Final = 65_536
+"""Stored octets of a message that is answered in the reactor if its pages are in memory."""
+BLOCK: Final = 65_536
+"""Stored octets read in the reactor at a time: about 0.1 ms of work."""
+COLD_BLOCK: Final = 262_144
+"""Stored octets read by a thread at a time, so that a hop (28 us) is small beside it."""
+SESSION_WAIT: Final = 2.0
+"""Seconds to wait for another session of the same maildrop to let go."""
+LOCK_TIMEOUT: Final = 30.0
+"""Seconds to wait for a deliverer or a mail reader, `--lock-timeout`."""
+
+
+def _shielded(inner: Deferred[T], orphan: Callable[[T], object]) -> Deferred[T]:
+    """A Deferred that may be cancelled without touching `inner`; a late result is an orphan."""
+    outer: Deferred[Any] = Deferred()
+
+    def done(result: Any) -> None:
+        if not outer.called:
+            outer.callback(result)
+        elif not isinstance(result, Failure):
+            orphan(result)
+
+    inner.addBoth(done)
+    return outer
+
+
+@implementer(IStore)
+class InThreads:
+    """`IStore` over an `IBlockingStore`. `lock_timeout` is in seconds."""
+
+    def __init__(
+        self,
+        store: IBlockingStore,
+        pool: Pool,
+        clock: IReactorTime,
+        lock_timeout: float = LOCK_TIMEOUT,
+    ) -> None:
+        self._store = store
+        self._pool = pool
+        self.clock = clock
+        self.lock_timeout = lock_timeout
+
+    def run(self, work: Callable[[], T], orphan: Callable[[T], object]) -> Deferred[T]:
+        """Do `work` in a thread to its end, whether or not anybody still waits for it."""
+        return _shielded(self._pool.run(work), orphan)
+
+    async def pause(self) -> None:
+        """Between two tries of a lock: 50 to 500 ms, at random, so that two do not keep step."""
+        await deferLater(self.clock, _random.uniform(0.05, 0.5))
+
+    async def open(self, owner: Owner) -> IMaildrop:
+        """As `IStore.open`."""
+        begun = self.clock.seconds()
+        while True:
+            try:
+                drop = await self.run(
+                    lambda: self._store.open(owner),
+                    lambda late: self._pool.run(late.release),
+                )
+            except Busy as busy:
+                wait = min(SESSION_WAIT, self.lock_timeout)
+                if busy.lock != "session":
+                    wait = self.lock_timeout
+                if self.clock.seconds() - begun >= wait:
+                    raise InUse(
+                        "maildrop is locked by another session or a mail program, try again later",
+                        f"{busy.lock} lock busy",
+                    ) from None
+                await self.pause()
+            else:
+                return ThreadedDrop(self, drop, self._pool)
+
+
+@implementer(IMaildrop)
+class ThreadedDrop:
+    """`IMaildrop` over an `IBlockingMaildrop`."""
+
+    def __init__(self, store: InThreads, drop: IBlockingMaildrop, pool: Pool) -> None:
+        self._store = store
+        self._drop = drop
+        self._pool = pool
+        self._in_flight: Deferred[Any] | None = None
+        self._released: Deferred[None] | None = None
+        self._nowait = True
+
+    @property
+    def listing(self) -> Listing:
+        """As `IMaildrop.listing`."""
+        return self._drop.listing
+
+    def call(self, work: Callable[[], T]) -> Deferred[T]:
+        """Do `work` of the drop in a thread, behind nothing and before `release`."""
+        return self._tracked(self._pool.run(work))
+
+    def _tracked(self, inner: Deferred[T]) -> Deferred[T]:
+        self._in_flight = inner
+
+        def landed(result: Any) -> Any:
+            self._in_flight = None
+            return result
+
+        inner.addBoth(landed)
+        return _shielded(inner, lambda late: None)
+
+    async def _patiently(self, work: Callable[[], T]) -> T:
+        """Retry `work` while a lock is busy, up to the lock timeout."""
+        begun = self._store.clock.seconds()
+        while True:
+            try:
+                return await self._pool.run(work)
+            except Busy as busy:
+                if self._store.clock.seconds() - begun >= self._store.lock_timeout:
+                    raise TemporaryFailure(
+                        "maildrop is locked by a mail program, try again later",
+                        f"{busy.lock} lock busy",
+                    ) from None
+                await self._store.pause()
+
+    def patiently(self, work: Callable[[], T]) -> Deferred[T]:
+        """As `call`, retried while a lock is busy. Raises `TemporaryFailure` in the end."""
+        return self._tracked(Deferred.fromCoroutine(self._patiently(work)))
+
+    def identify(self) -> Awaitable[None]:
+        """As `IMaildrop.identify`."""
+        return self.patiently(self._drop.identify)
+
+    def commit(self, deleted: Collection[int]) -> Awaitable[None]:
+        """As `IMaildrop.commit`. Nothing deleted: nothing is done."""
+        if not deleted:
+            return succeed(None)
+        return self.patiently(lambda: self._drop.commit(deleted))
+
+    def ready(self, index: int, lines: int | None) -> bytes | None:
+        """As `IMaildrop.ready`."""
+        source = self._drop.source(index)
+        wanted = source.length
+        if wanted > HOT_LIMIT:
+            if lines is None:
+                return None
+            wanted = HOT_LIMIT
+        if not self._nowait or not source.unchanged():
+            return None
+        block = self.hot(source.fd, source.offset, wanted)
+        if block is None or len(block) < wanted:
+            return None
+        outgoing = Outgoing(source.strip, source.unquote, lines)
+        out = outgoing.feed(block)
+        if wanted == source.length or outgoing.finished:
+            return out + outgoing.end()
+        return None
+
+    def hot(self, fd: int, offset: int, length: int) -> bytes | None:
+        """What of `length` octets at `offset` is in memory, `None` if reading might wait."""
+        if not self._nowait:
+            return None
+        block = bytearray(length)
+        try:
+            count = os.preadv(fd, [block], offset, os.RWF_NOWAIT) if length else 0
+        except OSError as error:
+            # Not every file system can say what is in memory (tmpfs on older kernels, NFS).
+            self._nowait = error.errno == errno.EAGAIN
+            return None
+        return bytes(block) if count == length else bytes(block[:count])
+
+    async def fetch(self, index: int, lines: int | None) -> IBlocks:
+        """As `IMaildrop.fetch`."""
+        return MessageBlocks(self, self._drop.source(index), lines)
+
+    def release(self) -> Deferred[None]:
+        """As `IMaildrop.release`."""
+        if self._released is None:
+            released: Deferred[None] = Deferred()
+            self._released = released
+            if self._in_flight is None:
+                self._let_go(None)
+            else:
+                self._in_flight.addBoth(self._then_let_go)
+        waiter: Deferred[None] = Deferred()
+
+        def free(result: None) -> None:
+            if not waiter.called:
+                waiter.callback(None)
+
+        self._released.addCallback(free)
+        return waiter
+
+    def _then_let_go(self, result: T) -> T:
+        self._let_go(None)
+        return result
+
+    def _let_go(self, _: object) -> None:
+        def gone(result: object) -> None:
+            if isinstance(result, Failure):
+                log.failure("releasing a maildrop failed", failure=result)
+            if self._released is not None:
+                self._released.callback(None)
+
+        self._pool.run(self._drop.release).addBoth(gone)
+
+
+@implementer(IBlocks)
+class MessageBlocks:
+    """One message on its way out. Before each block the file is looked at again (decision 12)."""
+
+    def __init__(self, drop: ThreadedDrop, source: Source, lines: int | None) -> None:
+        self._drop = drop
+        self._source = source
+        self._outgoing = Outgoing(source.strip, source.unquote, lines)
+        self._position = 0
+        self._ended = False
+
+    async def read(self) -> bytes:
+        """As `IBlocks.read`. Raises `TemporaryFailure`."""
+        while not self._ended:
+            out = await self._next()
+            if out:
+                return out
+        return b""
+
+    async def _next(self) -> bytes:
+        source = self._source
+        if not source.unchanged():
+            await self._drop.patiently(source.verify)
+        left = source.length - self._position
+        if left == 0 or self._outgoing.finished:
+            self._ended = True
+            return self._outgoing.end()
+        offset = source.offset + self._position
+        block = self._drop.hot(source.fd, offset, min(left, BLOCK))
+        if block is None:
+            block = await self._drop.call(
+                lambda: os.pread(source.fd, min(left, COLD_BLOCK), offset)
+            )
+        if not block:
+            raise TemporaryFailure(
+                "message could not be read, try again later", "the file became shorter"
+            )
+        self._position += len(block)
+        out = self._outgoing.feed(block)
+        if self._position == source.length or self._outgoing.finished:
+            self._ended = True
+            out += self._outgoing.end()
+        return out
+
+    def close(self) -> None:
+        """As `IBlocks.close`."""
+        self._ended = True

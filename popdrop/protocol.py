@@ -1,0 +1,667 @@
+"""`POP3Protocol`, `POP3Factory`: the shell that moves octets and performs the session's effects.
+
+The session says what is to be done; here is when, and with whom. One coroutine per effect, not per
+command: commands that need no store never meet a Deferred. Replies to all that one read held leave
+in one write. A client that does not read its answers is not read from.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
+
+from OpenSSL.SSL import Error as TLSError
+from twisted.cred.error import LoginFailed
+from twisted.cred.portal import Portal
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.interfaces import (
+    IHalfCloseableProtocol,
+    IPushProducer,
+    IReactorTime,
+)
+from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.task import deferLater
+from twisted.logger import Logger
+from twisted.mail.interfaces import IMailboxPOP3
+from twisted.python.failure import Failure
+from zope.interface import implementer
+
+from popdrop import legacy
+from popdrop.certs import tls_facts
+from popdrop.credentials import FAILED, ApopCredentials, Cleartext
+from popdrop.errors import BadCredentials, PopdropError, TemporaryFailure
+from popdrop.interfaces import IMaildrop, ISessionLog, IThrottle
+from popdrop.listeners import peer_facts
+from popdrop.policy import Mind, Policy
+from popdrop.session import (
+    Commit,
+    Effect,
+    Fetch,
+    Hangup,
+    Identify,
+    Login,
+    Refusal,
+    Result,
+    Session,
+    StartTLS,
+)
+from popdrop.values import PeerFacts, SessionRecord, normalised
+from popdrop.wire import Lines
+
+log = Logger()
+
+UNREAD_LIMIT: Final = 4096
+"""Octets of unanswered input after which the client is not read from: Dovecot's number too."""
+WRITE_SIZE: Final = 65_536
+"""Octets of replies gathered before they are written in the middle of a read."""
+CLOSE_GRACE: Final = 30.0
+"""Seconds for a farewell and TLS's own to get through before the connection is aborted."""
+STOP_STEP: Final = 0.05
+"""Seconds between two looks at the connections that are left when the server stops."""
+TLS_RECORD: Final = b"\x16\x03"
+"""How a TLS handshake begins: on a plain port it is a client with a wrong setting."""
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. `login`: from connect to verified credentials. `idle`: RFC 1939 wants 600 at least.
+    `write`: without any progress of a client that has answers to read.
+    """
+
+    login: float = 60.0
+    idle: float = 600.0
+    write: float = 300.0
+
+
+def internal_error(what: str) -> TemporaryFailure:
+    """Log the exception being handled; the client gets a number to quote and nothing else."""
+    number = secrets.token_hex(4)
+    log.failure("internal error {number}: {what}", number=number, what=what)
+    return TemporaryFailure(f"internal error, see log {number}")
+
+
+@implementer(IHalfCloseableProtocol, IPushProducer)
+class POP3Protocol(Protocol):
+    """One connection."""
+
+    factory: POP3Factory
+    transport: Any  # TCP, TLS over it, a Unix socket, standard input
+
+    def __init__(self) -> None:
+        self._lines = Lines()
+        self._effect: Deferred[None] | None = None
+        self._committing = False
+        self._rows: Iterator[bytes] | None = None
+        self._drop: IMaildrop | None = None
+        self._drained: Deferred[None] | None = None
+        self._choked = False
+        self._unread = False
+        self._working = False
+        self._closing = False
+        self._gone = False
+        self._half_closed = False
+        self._admitted = False
+        self._registered = False
+        self._met = False
+        self._first = True
+        self._verified = False
+        self._reason = "disconnected"
+        self._facts = PeerFacts()
+
+    # Connection
+
+    def connectionMade(self) -> None:
+        factory = self.factory
+        self._born = self._progress = factory.clock.seconds()
+        self._address = self.transport.getPeer()
+        self._session = Session(factory.challenge(), factory.policy, factory.implicit_tls)
+        self._timer = factory.clock.callLater(factory.timing.login, self._tick)
+        factory.protocols.add(self)
+        if factory.stopping or not self._admit():
+            log.info("too many connections: {peer} turned away", peer=self._host())
+            self._hang_up(b"-ERR [SYS/TEMP] too many connections, try again later\r\n", "limit")
+            return
+        try:
+            self.transport.setTcpNoDelay(True)
+            self.transport.setTcpKeepAlive(True)
+        except AttributeError:
+            pass  # a Unix socket or standard input
+        self._registered = True
+        self.transport.registerProducer(self, True)
+        self.transport.write(self._session.greeting())
+
+    def _admit(self) -> bool:
+        self._admitted = self.factory.throttle.admit(self._address)
+        return self._admitted
+
+    def _host(self) -> str:
+        return self._facts.address or normalised(getattr(self._address, "host", "") or "local")
+
+    def _meet(self) -> None:
+        """Learn of the peer; at the first octets, since a PROXY header comes before them."""
+        self._met = True
+        transport = self.transport
+        facts = peer_facts(transport.getPeer(), transport.getHost(), self.factory.trusted_address)
+        version, cipher = tls_facts(transport)
+        self._facts = replace(facts, tls_version=version, tls_cipher=cipher)
+        self._session.met(self._facts)
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self._gone = self._closing = True
+        if self._timer.active():
+            self._timer.cancel()
+        if isinstance(reason.value, TLSError):
+            self._reason = "tls-error"
+            log.info("TLS with {peer} failed", peer=self._host())
+        elif not isinstance(reason.value, ConnectionDone | ConnectionLost):
+            log.debug("{peer}: connection lost: {kind}", peer=self._host(), kind=reason.type)
+        if not self._committing:
+            if self._effect is not None:
+                self._effect.cancel()
+            self._release()
+        self._rows = None
+        if self._admitted:
+            self.factory.throttle.leave(self._address)
+        if not self._committing:
+            self._finish()
+
+    def _finish(self) -> None:
+        """Once the connection is gone and no commit is in progress any more."""
+        probed = self._reason == "quit-before-login" and self._session.user is not None
+        if self._session.logged_in or self._reason in ("quit", "commit-failed") or probed:
+            self._record("end", self._reason)
+        else:
+            log.debug("{peer}: gone before login: {why}", peer=self._host(), why=self._reason)
+        self.factory.forget(self)
+
+    def readConnectionLost(self) -> None:
+        """The client sends no more; what it has asked for is still answered."""
+        self._half_closed = True
+        if self._effect is None and self._rows is None and not self._closing:
+            self._run()
+
+    def writeConnectionLost(self) -> None:
+        """The client reads no more: nothing that is left to do can reach it."""
+        self.transport.abortConnection()
+
+    def _hang_up(self, farewell: bytes, reason: str) -> None:
+        self._reason = reason
+        self._closing = True
+        self._progress = self.factory.clock.seconds()
+        self._lines.clear()
+        if farewell:
+            self.transport.write(farewell)
+        if self._registered:
+            # A transport with a paused producer would wait for it and never close.
+            self._registered = False
+            self.transport.unregisterProducer()
+        self.transport.loseConnection()
+        self._rearm()
+
+    def shut_down(self) -> None:
+        """The server stops: say so and close, unless an effect is in progress."""
+        if self._effect is None and not self._closing:
+            self._hang_up(b"-ERR [SYS/TEMP] server is shutting down\r\n", "shutdown")
+
+    def abort(self) -> None:
+        """Close at once. A commit in progress still ends."""
+        self._reason = "shutdown"
+        self.transport.abortConnection()
+
+    @property
+    def committing(self) -> bool:
+        """Whether messages are being removed."""
+        return self._committing
+
+    # Time
+
+    def _tick(self) -> None:
+        """Due at the earliest moment a limit could be reached; one timer a connection."""
+        now = self.factory.clock.seconds()
+        timing = self.factory.timing
+        if self._closing:
+            limit, since = (timing.write if self._choked else CLOSE_GRACE), self._progress
+        elif not (self._session.logged_in or self._verified):
+            limit, since = timing.login, self._born
+        elif self._choked:
+            limit, since = timing.write, self._progress
+        elif self._effect is not None:
+            limit, since = timing.idle, now
+        else:
+            limit, since = timing.idle, self._progress
+        left = since + limit - now
+        if left > 0:
+            self._timer = self.factory.clock.callLater(left, self._tick)
+            return
+        if self._closing or self._choked:
+            self._reason = self._reason if self._closing else "write-timeout"
+            self.transport.abortConnection()
+            return
+        # No farewell: RFC 1939 section 3 wants the connection closed without a response.
+        self._hang_up(b"", "idle-timeout" if self._session.logged_in else "login-timeout")
+
+    def _rearm(self) -> None:
+        """Be called in time for a limit that is nearer than the one the timer waits for."""
+        if self._timer.active():
+            self._timer.cancel()
+        self._timer = self.factory.clock.callLater(CLOSE_GRACE, self._tick)
+
+    # Input
+
+    def dataReceived(self, data: bytes) -> None:
+        if self._closing:
+            return
+        self._progress = self.factory.clock.seconds()
+        if not self._met:
+            self._meet()
+        if self._first:
+            self._first = False
+            if data.startswith(TLS_RECORD):
+                log.info("{peer} speaks TLS on a plain port", peer=self._host())
+                self._hang_up(b"", "tls-on-plain-port")
+                return
+        self._lines.feed(data)
+        if self._effect is None and self._rows is None and not self._choked:
+            self._run()
+        elif len(self._lines) > UNREAD_LIMIT and not self._unread:
+            self._unread = True
+            self.transport.pauseProducing()
+
+    def _run(self) -> None:
+        """Answer what waits, until an effect, a full transport or the end of the input."""
+        if self._working:
+            return
+        self._working = True
+        out: list[bytes] = []
+        size = 0
+        lines, session = self._lines, self._session
+        try:
+            while not self._closing and not self._choked:
+                if self._rows is not None:
+                    block = next(self._rows, None)
+                    if block is None:
+                        self._rows = None
+                        continue
+                    result: Result = block
+                else:
+                    lines.limit = session.line_limit
+                    line = lines.next()
+                    if line is None:
+                        break
+                    result = session.line(line) if type(line) is bytes else self._overlong(line)
+                if type(result) is not bytes:
+                    answer = self._act(result, out)
+                    if answer is None:
+                        size = size if out else 0
+                        if self._effect is not None:
+                            break
+                        continue
+                    result = answer
+                out.append(result)
+                size += len(result)
+                if size >= WRITE_SIZE:
+                    self._flush(out)
+                    size = 0
+            if self._gone:
+                return
+            self._flush(out)
+            self._settle()
+        except Exception:
+            self._hang_up(internal_error("session").line() + b"\r\n", "internal-error")
+        finally:
+            self._working = False
+
+    def _overlong(self, kind: Any) -> Result:
+        return self._session.overlong(kind)
+
+    def _flush(self, out: list[bytes]) -> None:
+        if out:
+            self.transport.write(out[0] if len(out) == 1 else b"".join(out))
+            out.clear()
+
+    def _settle(self) -> None:
+        """After the input was worked through: read on, or close behind a half-closed client."""
+        if self._closing or self._effect is not None or self._choked:
+            return
+        if self._unread and len(self._lines) <= UNREAD_LIMIT:
+            self._unread = False
+            self.transport.resumeProducing()
+        if self._half_closed:
+            self._hang_up(b"", self._reason)
+
+    # Output
+
+    def pauseProducing(self) -> None:
+        """The transport holds as much as it likes to."""
+        self._choked = True
+
+    def resumeProducing(self) -> None:
+        """The transport has room again: the client reads."""
+        self._choked = False
+        self._progress = self.factory.clock.seconds()
+        drained, self._drained = self._drained, None
+        if drained is not None:
+            drained.callback(None)
+        elif self._effect is None and not self._closing:
+            self._run()
+
+    def stopProducing(self) -> None:
+        """The connection is gone; `connectionLost` does the rest."""
+        self._choked = True
+
+    async def _room(self) -> None:
+        while self._choked:
+            self._drained = Deferred()
+            await self._drained
+
+    # Effects
+
+    def _act(self, result: Result, out: list[bytes]) -> bytes | None:
+        """Do what the session asks for. Returns octets that only need to be sent, else `None`."""
+        match result:
+            case Refusal():
+                self._refusal(result)
+                return result.reply
+            case Fetch():
+                body = self._ready(result)
+                if body is not None:
+                    return self._session.fetching(result) + body
+                self._begin(out, self._fetch(result))
+            case Login():
+                self._begin(out, self._login(result.credentials))
+            case Identify():
+                self._begin(out, self._identify())
+            case Commit():
+                self._committing = True
+                self._begin(out, self._commit(result))
+            case StartTLS():
+                self._start_tls(result, out)
+            case Hangup():
+                self._flush_and_hang_up(result, out)
+            case _:
+                self._rows = cast("Iterator[bytes]", result)
+        return None
+
+    def _flush_and_hang_up(self, hangup: Hangup, out: list[bytes]) -> None:
+        if hangup.reason not in ("quit", "quit-before-login"):
+            log.info("{peer}: closed: {why}", peer=self._host(), why=hangup.reason)
+        out.append(hangup.farewell)
+        farewell = b"".join(out)
+        out.clear()
+        self._hang_up(farewell, hangup.reason)
+
+    def _begin(self, out: list[bytes], coroutine: Coroutine[Any, Any, None]) -> None:
+        self._flush(out)
+        effect = Deferred.fromCoroutine(coroutine)
+        self._effect = effect
+        effect.addErrback(self._crashed)
+        effect.addCallback(self._performed)
+
+    def _performed(self, _: object) -> None:
+        self._effect = None
+        if not self._closing:
+            self._run()
+
+    def _crashed(self, failure: Failure) -> None:
+        if isinstance(failure.value, CancelledError) and self._gone:
+            return
+        log.failure("an effect failed for {peer}", failure=failure, peer=self._host())
+        self.transport.abortConnection()
+
+    def _ready(self, fetch: Fetch) -> bytes | None:
+        if self._drop is None:
+            raise RuntimeError("no maildrop is open")
+        return self._drop.ready(fetch.index, fetch.lines)
+
+    def _refusal(self, refusal: Refusal) -> None:
+        if refusal.reason in ("tls-required", "cleartext", "malformed-response"):
+            self._record("failure", refusal.reason)
+        else:
+            log.info("{peer}: bad command: {why}", peer=self._host(), why=refusal.reason)
+
+    def _start_tls(self, effect: StartTLS, out: list[bytes]) -> None:
+        out.append(effect.reply)
+        self._flush(out)
+        # Octets that came behind STLS were not protected: they are no commands (CVE-2011-0411).
+        self._lines.clear()
+        self._session.secure()
+        self._met = False
+        cast("Any", self.transport).startTLS(self.factory.tls)
+
+    async def _fetch(self, fetch: Fetch) -> None:
+        drop = cast("IMaildrop", self._drop)
+        try:
+            blocks = await drop.fetch(fetch.index, fetch.lines)
+        except PopdropError as error:
+            self._failed(error)
+            return
+        try:
+            try:
+                block = await blocks.read()
+            except PopdropError as error:
+                self._failed(error)
+                return
+            except OSError:
+                self._failed(internal_error("reading a message"))
+                return
+            self.transport.write(self._session.fetching(fetch) + block)
+            while True:
+                await self._room()
+                block = await blocks.read()
+                if not block:
+                    return
+                self.transport.write(block)
+        except (PopdropError, OSError) as error:
+            # Half a message is out: an end of it would be a lie.
+            log.error("{peer}: a message broke off: {why}", peer=self._host(), why=str(error))
+            self._reason = "read-error"
+            self.transport.abortConnection()
+        finally:
+            blocks.close()
+
+    def _failed(self, error: PopdropError) -> None:
+        log.error(
+            "{peer}: {text} {detail}", peer=self._host(), text=error.text, detail=error.detail
+        )
+        answer = self._session.failed(error)
+        if isinstance(answer, Hangup):
+            self._hang_up(answer.farewell, answer.reason)
+        else:
+            self.transport.write(answer)
+
+    async def _identify(self) -> None:
+        drop = cast("IMaildrop", self._drop)
+        try:
+            await drop.identify()
+        except PopdropError as error:
+            self._failed(error)
+            return
+        except Exception:
+            self._failed(internal_error("identifying messages"))
+            return
+        answer = self._session.identified(drop.listing)
+        if isinstance(answer, bytes):
+            self.transport.write(answer)
+        else:
+            self._rows = answer
+
+    async def _commit(self, commit: Commit) -> None:
+        drop = cast("IMaildrop", self._drop)
+        try:
+            await drop.commit(commit.deleted)
+            answer = self._session.committed()
+        except PopdropError as error:
+            log.error(
+                "{peer}: QUIT: {text} {detail}",
+                peer=self._host(),
+                text=error.text,
+                detail=error.detail,
+            )
+            answer = cast("Hangup", self._session.failed(error))
+        except Exception:
+            answer = cast("Hangup", self._session.failed(internal_error("QUIT")))
+        released = self._release()
+        if released is not None:
+            await released
+        self._committing = False
+        self._reason = answer.reason
+        if self._gone:
+            self._finish()
+        else:
+            self._hang_up(answer.farewell, answer.reason)
+
+    def _release(self) -> Any:
+        drop, self._drop = self._drop, None
+        return drop.release() if drop is not None else None
+
+    # Login
+
+    async def _login(self, credentials: ApopCredentials | Cleartext) -> None:
+        clock, throttle = self.factory.clock, self.factory.throttle
+        received = clock.seconds()
+        ticket = await throttle.attempt(
+            self._address, credentials.username, credentials.proof(self.factory.proof_key)
+        )
+        outcome = "bad"
+        try:
+            drop = await self._opened(credentials)
+            outcome = "good"
+        except PopdropError as refusal:
+            error = refusal
+            outcome = "bad" if isinstance(refusal, BadCredentials) else "void"
+        except LoginFailed:
+            error = BadCredentials(FAILED)
+        except CancelledError:
+            self._record("failure", "abandoned", credentials.mechanism)
+            raise
+        except Exception:
+            error, outcome = internal_error("login"), "void"
+        finally:
+            ticket.close(outcome)
+        mechanism = credentials.mechanism
+        if outcome == "good":
+            self._drop = drop
+            reply = self._session.opened(drop.listing)
+            self._record("login", "ok", mechanism)
+            self.transport.write(reply)
+            return
+        self._verified = False
+        bad = isinstance(error, BadCredentials)
+        why = (error.detail or "bad-credentials") if bad else error.word
+        self._record("failure", why, mechanism)
+        if not bad:
+            log.error(
+                "{peer}: login: {text} {detail}",
+                peer=self._host(),
+                text=error.text,
+                detail=error.detail,
+            )
+        else:
+            wait = received + throttle.delay(self._address, credentials.username) - clock.seconds()
+            if wait > 0:
+                await deferLater(clock, wait)
+        answer = self._session.refused(error)
+        if isinstance(answer, Hangup):
+            self._hang_up(answer.farewell, answer.reason)
+        else:
+            self.transport.write(answer)
+
+    async def _opened(self, credentials: ApopCredentials | Cleartext) -> IMaildrop:
+        mind = Mind(
+            self.factory.policy,
+            isinstance(credentials, Cleartext),
+            self._facts,
+            self._now_verified,
+        )
+        interface, avatar, logout = await self.factory.portal.login(
+            credentials, mind, IMaildrop, IMailboxPOP3
+        )
+        if interface is IMaildrop:
+            return cast("IMaildrop", avatar)
+        return await legacy.adapted(avatar, logout)
+
+    def _now_verified(self) -> None:
+        # Opening may take as long as the locks do; the deadline is for strangers (decision 27).
+        self._verified = True
+
+    def _record(self, event: str, reason: str, mechanism: str | None = None) -> None:
+        self.factory.session_log.event(
+            SessionRecord(
+                event=event,
+                peer=self._facts,
+                user=self._session.user,
+                mechanism=mechanism,
+                reason=reason,
+                duration=self.factory.clock.seconds() - self._born,
+                tally=self._session.tally,
+                listener=self.factory.listener,
+            )
+        )
+
+
+class POP3Factory(ServerFactory):
+    """All connections of one listener.
+
+    `tls` is the context factory of STLS, `None` without it. `proof_key` is a random key of this
+    process, for the throttle.
+    """
+
+    protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
+    noisy = False
+
+    def __init__(
+        self,
+        portal: Portal,
+        policy: Policy,
+        throttle: IThrottle,
+        session_log: ISessionLog,
+        clock: IReactorTime,
+        *,
+        timing: Timing | None = None,
+        tls: object | None = None,
+        implicit_tls: bool = False,
+        trusted_address: bool = True,
+        listener: str = "",
+        proof_key: bytes = b"",
+    ) -> None:
+        self.portal = portal
+        self.policy = policy
+        self.throttle = throttle
+        self.session_log = session_log
+        self.clock = clock
+        self.timing = timing or Timing()
+        self.tls = tls
+        self.implicit_tls = implicit_tls
+        self.trusted_address = trusted_address
+        self.listener = listener
+        self.proof_key = proof_key or secrets.token_bytes(32)
+        self.protocols: set[POP3Protocol] = set()
+        self.stopping = False
+
+    def challenge(self) -> bytes:
+        """A msg-id of 128 random bits (RFC 1939 section 7), `b""` where no checker does APOP."""
+        if not self.policy.apop:
+            return b""
+        stamp = f"<{secrets.token_hex(16)}.{int(self.clock.seconds())}@{self.policy.hostname}>"
+        return stamp.encode("ascii", "replace")
+
+    def forget(self, protocol: POP3Protocol) -> None:
+        """A connection is gone."""
+        self.protocols.discard(protocol)
+
+    async def stop(self, grace: float) -> None:
+        """Let effects in progress end for `grace` seconds; a commit always ends."""
+        self.stopping = True
+        end = self.clock.seconds() + grace
+        while self.protocols:
+            for protocol in set(self.protocols):
+                protocol.shut_down()
+                if self.clock.seconds() >= end and not protocol.committing:
+                    protocol.abort()
+            await deferLater(self.clock, STOP_STEP)
+
+
+__all__ = ["Effect", "POP3Factory", "POP3Protocol", "Timing"]

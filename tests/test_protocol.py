@@ -1,0 +1,512 @@
+"""`popdrop.protocol`: the shell, over transports and stores in memory."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone
+from twisted.internet.testing import StringTransport
+from twisted.python.failure import Failure
+from twisted.trial.unittest import SynchronousTestCase
+
+from popdrop.errors import TemporaryFailure
+from popdrop.policy import Policy
+from popdrop.protocol import CLOSE_GRACE, UNREAD_LIMIT, POP3Protocol
+from popdrop.session import BAD_BEFORE_LOGIN
+from popdrop.values import Account, Secret
+from tests.doubles import Server, Transport
+
+
+def lose(protocol: POP3Protocol) -> None:
+    protocol.connectionLost(Failure(ConnectionDone()))
+
+
+class WritingTests(SynchronousTestCase):
+    def test_one_write_per_read(self) -> None:
+        """However many commands a read holds (performance: one write per reply and read)."""
+        protocol, transport = Server().logged_in()
+        protocol.dataReceived(b"NOOP\r\nSTAT\r\nLIST\r\nFOO\r\nRETR 1\r\nTOP 2 0\r\nNOOP\r\n" * 3)
+        self.assertEqual(len(transport.writes), 1)
+        self.assertEqual(transport.value().count(b"+OK"), 18)
+
+    def test_pipelining_across_login_and_quit(self) -> None:
+        server = Server()
+        protocol, transport = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\nSTAT\r\nDELE 1\r\nQUIT\r\nNOOP\r\n")
+        lines = transport.value().split(b"\r\n")
+        self.assertTrue(lines[2].startswith(b"+OK bob has 2"))
+        self.assertEqual(lines[3:5], [b"+OK 2 25", b"+OK message 1 deleted"])
+        self.assertEqual(lines[5], b"+OK Pop server at mail.example.org signing off.")
+        self.assertEqual(lines[6:], [b""])
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual(server.store.messages, [b"B: 2\n\n.\n"])
+
+    def test_commands_wait_for_a_slow_login(self) -> None:
+        server = Server()
+        server.checker.answer = Deferred()
+        protocol, transport = server.connect()
+        transport.clear()
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\nSTAT\r\n")
+        self.assertEqual(transport.value(), b"+OK Password required for bob.\r\n")
+        server.checker.answer.callback(None)
+        self.assertTrue(transport.value().endswith(b"+OK 2 25\r\n"))
+
+    def test_a_client_that_does_not_read_is_not_read_from(self) -> None:
+        protocol, transport = Server().logged_in()
+        protocol.pauseProducing()
+        protocol.dataReceived(b"NOOP\r\n" * 100)
+        self.assertEqual(transport.producerState, "producing")
+        protocol.dataReceived(b"NOOP\r\n" * UNREAD_LIMIT)
+        self.assertEqual(transport.producerState, "paused")
+        self.assertEqual(transport.value(), b"")
+        protocol.resumeProducing()
+        self.assertEqual(transport.value(), b"+OK\r\n" * (100 + UNREAD_LIMIT))
+        self.assertEqual(transport.producerState, "producing")
+
+    def test_unread_messages_wait_in_the_store(self) -> None:
+        """Ten RETRs of 200 KB behind a transport that is full after the first."""
+        server = Server([b"x" * 99 + b"\n"] * 1)
+        server.store.messages = [(b"x" * 99 + b"\n") * 2000]
+        protocol, transport = server.logged_in()
+        original = transport.write
+
+        def write(data: bytes) -> None:
+            original(data)
+            if len(transport.value()) > 65536:
+                protocol.pauseProducing()
+
+        transport.write = write  # type: ignore[method-assign]
+        protocol.dataReceived(b"RETR 1\r\n" * 10)
+        self.assertLess(len(transport.value()), 300_000)
+        seen = 0
+        for _ in range(20):
+            seen += len(transport.value())
+            transport.clear()
+            protocol.resumeProducing()
+        one = len(b"+OK 202000 octets\r\n") + 202_000 + 3
+        self.assertEqual(seen, 10 * one)
+
+    def test_cold_messages_stop_when_the_transport_is_full(self) -> None:
+        server = Server([b"x" * 999 + b"\n"])
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        protocol.pauseProducing()
+        protocol.resumeProducing()
+        original = transport.write
+
+        def write(data: bytes) -> None:
+            original(data)
+            protocol.pauseProducing()
+
+        transport.write = write  # type: ignore[method-assign]
+        protocol.dataReceived(b"RETR 1\r\nNOOP\r\n")
+        self.assertEqual(len(transport.writes), 1)
+        while not transport.value().endswith(b".\r\n+OK\r\n"):
+            before = len(transport.writes)
+            protocol.resumeProducing()
+            self.assertEqual(len(transport.writes), before + 1)
+        self.assertEqual(len(transport.value()), len(b"+OK 1001 octets\r\n") + 1001 + 3 + 5)
+
+
+class LoginTests(SynchronousTestCase):
+    def test_gone_while_the_checker_works(self) -> None:
+        """The maildrop is not opened, or let go of (twisted.mail: the lock leaked)."""
+        server = Server()
+        server.checker.answer = Deferred()
+        protocol, _ = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+        lose(protocol)
+        if not server.checker.answer.called:
+            server.checker.answer.callback(None)
+        self.assertTrue(all(drop.released for drop in server.store.opened))
+        self.assertFalse(server.store.held)
+        self.assertEqual(server.records.records[-1].reason, "abandoned")
+
+    def test_gone_after_login(self) -> None:
+        server = Server()
+        protocol, _ = server.logged_in()
+        protocol.dataReceived(b"DELE 1\r\nDELE 2\r\nQUI")
+        lose(protocol)
+        self.assertEqual(server.store.opened[0].released, 1)
+        self.assertEqual(len(server.store.messages), 2)
+        self.assertEqual(server.records.records[-1].event, "end")
+        self.assertEqual(server.records.records[-1].tally.left, 2)
+
+    def test_in_use_after_the_right_password_only(self) -> None:
+        server = Server()
+        server.logged_in()
+        protocol, transport = server.connect()
+        transport.clear()
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\nUSER bob\r\nPASS secret\r\n")
+        lines = transport.value().split(b"\r\n")
+        self.assertEqual(lines[1], b"-ERR [AUTH] Authentication failed.")
+        self.assertEqual(lines[3], b"-ERR [IN-USE] maildrop is locked")
+
+    def test_delay_and_floor(self) -> None:
+        """A failure is answered a second after it came; a success at once (decision 24)."""
+        server = Server(throttle="memory")
+        protocol, transport = server.connect()
+        transport.clear()
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\nNOOP\r\n")
+        self.assertNotIn(b"-ERR", transport.value())
+        server.clock.advance(0.9)
+        self.assertNotIn(b"-ERR", transport.value())
+        server.clock.advance(0.2)
+        self.assertIn(
+            b"-ERR [AUTH] Authentication failed.\r\n-ERR log in first\r\n", transport.value()
+        )
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+        self.assertIn(b"+OK bob has", transport.value())
+
+    def test_unknown_user_and_wrong_password_read_alike(self) -> None:
+        answers = []
+        for user in (b"bob", b"nobody"):
+            protocol, transport = Server().connect()
+            transport.clear()
+            protocol.dataReceived(b"AUTH PLAIN " + b64encode(b"\0" + user + b"\0wrong") + b"\r\n")
+            answers.append(transport.value())
+        self.assertEqual(answers[0], answers[1])
+
+    def test_account_rules(self) -> None:
+        """Disabled, under the uid floor, with an APOP secret: one answer, the reason in the log."""
+        for account, reason in (
+            (Account(b"bob", disabled=True), "disabled"),
+            (Account(b"bob", uid=0), "uid-floor"),
+            (Account(b"bob", uid=10), "uid-floor"),
+            (Account(b"bob", apop_secret=Secret(b"secret")), "apop-account"),
+        ):
+            server = Server()
+            server.checker.accounts[b"bob"] = account
+            protocol, transport = server.connect()
+            transport.clear()
+            protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+            self.assertTrue(
+                transport.value().endswith(b"\r\n-ERR [AUTH] Authentication failed.\r\n")
+            )
+            self.assertEqual(server.records.records[-1].reason, reason)
+            self.assertEqual(server.store.opened, [])
+
+    def test_apop_accounts_may_be_allowed(self) -> None:
+        for policy in (Policy(cleartext="always"), Policy(apop_users="allow")):
+            server = Server(policy=policy)
+            server.checker.accounts[b"bob"] = Account(b"bob", apop_secret=Secret(b"secret"))
+            server.logged_in()
+
+    def test_unspeakable_errors(self) -> None:
+        """The text of an exception never goes on the wire; the log has it under a number."""
+        server = Server()
+        server.store.open_answer = Deferred()
+        protocol, transport = server.connect()
+        transport.clear()
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+        server.store.open_answer.errback(PermissionError(13, "/var/mail/bob"))
+        self.assertRegex(
+            transport.value(), rb"-ERR \[SYS/TEMP\] internal error, see log [0-9a-f]{8}\r\n\Z"
+        )
+        self.assertNotIn(b"var/mail", transport.value())
+        self.assertEqual(len(self.flushLoggedErrors(PermissionError)), 1)
+
+    def test_bad_names_reach_no_store(self) -> None:
+        for name in (b"../x", b"a/b", b".", b"..", b"x" * 300, b"bob.lock", b"-x"):
+            server = Server()
+            server.checker.accounts[name] = Account(name)
+            protocol, transport = server.connect()
+            protocol.dataReceived(
+                b"AUTH PLAIN\r\n" + b64encode(b"\0" + name + b"\0secret") + b"\r\n"
+            )
+            self.assertIn(b"-ERR [AUTH] Authentication failed.", transport.value(), name)
+            self.assertEqual(server.store.owners, [], name)
+
+
+class LimitTests(SynchronousTestCase):
+    def test_login_deadline(self) -> None:
+        """Sixty seconds from connect, whatever is sent meanwhile (slowloris)."""
+        server = Server()
+        protocol, transport = server.connect()
+        for _ in range(59):
+            server.clock.advance(1)
+            protocol.dataReceived(b"N")
+        self.assertFalse(transport.disconnecting)
+        server.clock.advance(1.1)
+        self.assertTrue(transport.disconnecting)
+
+    def test_idle_timeout(self) -> None:
+        """Ten minutes without a command; nothing is answered and nothing deleted (RFC 1939 3)."""
+        server = Server()
+        protocol, transport = server.logged_in()
+        protocol.dataReceived(b"DELE 1\r\n")
+        transport.clear()
+        server.clock.advance(500)
+        protocol.dataReceived(b"NOOP\r\n")
+        server.clock.advance(500)
+        self.assertFalse(transport.disconnecting)
+        server.clock.advance(101)
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual(transport.value(), b"+OK\r\n")
+        lose(protocol)
+        self.assertEqual(server.records.records[-1].reason, "idle-timeout")
+        self.assertEqual(len(server.store.messages), 2)
+
+    def test_a_client_that_stops_reading_is_cut_off(self) -> None:
+        server = Server([b"x" * 999 + b"\n"])
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        protocol.pauseProducing()
+        protocol.dataReceived(b"RETR 1\r\n")
+        server.clock.advance(200)
+        protocol.resumeProducing()
+        protocol.pauseProducing()
+        server.clock.advance(299)
+        self.assertFalse(transport.disconnected)
+        for _ in range(4):
+            server.clock.advance(300)
+        self.assertTrue(transport.disconnected)
+
+    def test_a_closing_that_the_client_ignores_is_ended(self) -> None:
+        server = Server()
+        protocol, transport = server.connect()
+        protocol.dataReceived(b"QUIT\r\n")
+        self.assertTrue(transport.disconnecting)
+        self.assertFalse(transport.disconnected)
+        server.clock.advance(CLOSE_GRACE + 1)
+        self.assertTrue(transport.disconnected)
+
+    def test_bad_commands_close(self) -> None:
+        protocol, transport = Server().connect()
+        protocol.dataReceived(b"FOO\r\n" * (BAD_BEFORE_LOGIN + 5))
+        self.assertTrue(transport.value().endswith(b"-ERR too many bad commands\r\n"))
+        self.assertEqual(transport.value().count(b"-ERR"), BAD_BEFORE_LOGIN)
+        self.assertTrue(transport.disconnecting)
+
+    def test_endless_line(self) -> None:
+        protocol, transport = Server().connect()
+        for _ in range(100):
+            protocol.dataReceived(b"A" * 1024)
+        self.assertTrue(transport.disconnecting)
+        self.assertTrue(transport.value().endswith(b"-ERR line too long\r\n"))
+
+    def test_tls_on_a_plain_port(self) -> None:
+        server = Server()
+        protocol, transport = server.connect()
+        transport.clear()
+        protocol.dataReceived(b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03")
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual(transport.value(), b"")
+
+    def test_http(self) -> None:
+        protocol, transport = Server().connect()
+        transport.clear()
+        protocol.dataReceived(b"POST / HTTP/1.1\r\nUSER bob\r\n")
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual(transport.value(), b"")
+
+    def test_too_many_connections(self) -> None:
+        server = Server(throttle="memory:per-address=2")
+        connections = [server.connect("192.0.2.1") for _ in range(3)]
+        self.assertTrue(connections[1][1].value().startswith(b"+OK"))
+        turned_away = connections[2][1]
+        self.assertTrue(turned_away.value().startswith(b"-ERR [SYS/TEMP] too many connections"))
+        self.assertTrue(turned_away.disconnecting)
+        for protocol, _ in connections:
+            lose(protocol)
+        _, transport = server.connect("192.0.2.1")
+        self.assertTrue(transport.value().startswith(b"+OK"))
+
+
+class FetchTests(SynchronousTestCase):
+    def test_error_before_the_first_block(self) -> None:
+        server = Server()
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        server.store.opened[0].fail_reads_after = 0
+        server.store.opened[0].failure = TemporaryFailure("message could not be read")
+        protocol.dataReceived(b"RETR 1\r\nNOOP\r\n")
+        self.assertEqual(transport.value(), b"-ERR [SYS/TEMP] message could not be read\r\n+OK\r\n")
+        self.assertEqual(protocol._session.tally.retr, 0)
+
+    def test_error_after_the_first_block(self) -> None:
+        """The connection is aborted: never a false end of a message."""
+        for failure in (OSError(5, "x"), TemporaryFailure("changed")):
+            server = Server([b"x" * 999 + b"\n"])
+            server.store.hot = False
+            protocol, transport = server.logged_in()
+            server.store.opened[0].fail_reads_after = 3
+            server.store.opened[0].failure = failure
+            protocol.dataReceived(b"RETR 1\r\n")
+            self.assertTrue(transport.disconnected)
+            self.assertNotIn(b"\r\n.\r\n", transport.value())
+
+    def test_gone_in_the_middle_of_a_message(self) -> None:
+        server = Server([b"x" * 999 + b"\n"])
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        held: list[Deferred[None]] = []
+
+        def hold() -> Deferred[None]:
+            held.append(Deferred())
+            return held[-1]
+
+        server.store.opened[0].hold_reads = hold
+        protocol.dataReceived(b"RETR 1\r\n")
+        held[0].callback(None)
+        lose(protocol)
+        self.assertEqual(server.store.opened[0].released, 1)
+        self.assertFalse(server.factory.protocols)
+
+    def test_half_close_is_answered(self) -> None:
+        """A client that has shut its sending side down gets all answers it asked for."""
+        server = Server([b"x" * 999 + b"\n"])
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        held: list[Deferred[None]] = []
+
+        def hold() -> Deferred[None]:
+            held.append(Deferred())
+            return held[-1]
+
+        server.store.opened[0].hold_reads = hold
+        protocol.dataReceived(b"RETR 1\r\nNOOP\r\n")
+        protocol.readConnectionLost()
+        while held and not held[-1].called:
+            held[-1].callback(None)
+        self.assertTrue(transport.value().endswith(b".\r\n+OK\r\n"))
+        self.assertTrue(transport.disconnecting)
+        self.assertEqual(len(server.store.messages), 1)
+
+    def test_quit_then_half_close(self) -> None:
+        server = Server()
+        protocol, transport = server.logged_in()
+        protocol.dataReceived(b"DELE 1\r\nQUIT\r\n")
+        protocol.readConnectionLost()
+        self.assertEqual(len(server.store.messages), 1)
+        self.assertTrue(transport.value().endswith(b"signing off.\r\n"))
+
+
+class CommitTests(SynchronousTestCase):
+    def test_failure(self) -> None:
+        server = Server()
+        protocol, transport = server.logged_in()
+        server.store.opened[0].commit_answer = Deferred()
+        protocol.dataReceived(b"DELE 1\r\nQUIT\r\n")
+        self.assertNotIn(b"signing", transport.value())
+        server.store.opened[0].commit_answer.errback(TemporaryFailure("disk is full"))
+        self.assertTrue(transport.value().endswith(b"-ERR [SYS/TEMP] disk is full\r\n"))
+        self.assertTrue(transport.disconnecting)
+        lose(protocol)
+        record = server.records.records[-1]
+        self.assertEqual(
+            (record.reason, record.tally.deleted, record.tally.left), ("commit-failed", 0, 2)
+        )
+        self.assertEqual(server.store.opened[0].released, 1)
+
+    def test_client_gone_meanwhile(self) -> None:
+        """A commit once begun runs to its end, then the maildrop is let go."""
+        server = Server()
+        protocol, _ = server.logged_in()
+        drop = server.store.opened[0]
+        drop.commit_answer = Deferred()
+        protocol.dataReceived(b"DELE 1\r\nQUIT\r\n")
+        lose(protocol)
+        self.assertEqual(drop.released, 0)
+        self.assertTrue(server.factory.protocols)
+        drop.commit_answer.callback(None)
+        self.assertEqual(drop.released, 1)
+        self.assertEqual(server.store.messages, [b"B: 2\n\n.\n"])
+        self.assertFalse(server.factory.protocols)
+        record = server.records.records[-1]
+        self.assertEqual((record.event, record.reason, record.tally.deleted), ("end", "quit", 1))
+
+
+class StopTests(SynchronousTestCase):
+    def test_idle_sessions_are_told(self) -> None:
+        server = Server()
+        protocol, transport = server.logged_in()
+        stopped = Deferred.fromCoroutine(server.factory.stop(30))
+        self.assertIn(b"-ERR [SYS/TEMP] server is shutting down\r\n", transport.value())
+        lose(protocol)
+        server.clock.advance(1)
+        self.successResultOf(stopped)
+        self.assertEqual(len(server.store.messages), 2)
+
+    def test_a_commit_is_awaited_beyond_the_grace(self) -> None:
+        server = Server()
+        protocol, transport = server.logged_in()
+        server.store.opened[0].commit_answer = Deferred()
+        protocol.dataReceived(b"DELE 1\r\nQUIT\r\n")
+        stopped = Deferred.fromCoroutine(server.factory.stop(5))
+        server.clock.pump([1] * 20)
+        self.assertFalse(transport.disconnected)
+        self.assertNoResult(stopped)
+        server.store.opened[0].commit_answer.callback(None)
+        self.assertIn(b"signing off", transport.value())
+        lose(protocol)
+        server.clock.advance(1)
+        self.successResultOf(stopped)
+
+    def test_a_transfer_ends_with_the_grace(self) -> None:
+        server = Server([b"x" * 999 + b"\n"])
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        server.store.opened[0].hold_reads = Deferred
+        protocol.dataReceived(b"RETR 1\r\n")
+        Deferred.fromCoroutine(server.factory.stop(5))
+        server.clock.pump([1] * 4)
+        self.assertFalse(transport.disconnected)
+        server.clock.pump([1] * 4)
+        self.assertTrue(transport.disconnected)
+
+    def test_no_connection_is_taken_any_more(self) -> None:
+        server = Server()
+        Deferred.fromCoroutine(server.factory.stop(5))
+        _, transport = server.connect()
+        self.assertTrue(transport.value().startswith(b"-ERR [SYS/TEMP]"))
+
+
+class ChallengeTests(SynchronousTestCase):
+    def test_form(self) -> None:
+        """One msg-id of harmless characters, at least 128 random bits, never the same again."""
+        server = Server()
+        seen = set()
+        for _ in range(200):
+            challenge = server.factory.challenge()
+            self.assertRegex(challenge, rb"\A<[A-Za-z0-9._+-]+@[A-Za-z0-9._+-]+>\Z")
+            self.assertGreaterEqual(len(challenge.split(b".")[0]), 1 + 32)
+            seen.add(challenge)
+        self.assertEqual(len(seen), 200)
+
+
+class RecordTests(SynchronousTestCase):
+    def test_events(self) -> None:
+        server = Server()
+        protocol, _ = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\nRETR 1\r\nTOP 2 0\r\nDELE 1\r\nQUIT\r\n")
+        lose(protocol)
+        events = [(r.event, r.reason) for r in server.records.records]
+        self.assertEqual(events, [("failure", "bad-credentials"), ("login", "ok"), ("end", "quit")])
+        last = server.records.records[-1]
+        self.assertEqual(
+            (last.user, last.peer.address, last.peer.local_port), (b"bob", "127.0.0.1", 110)
+        )
+        tally = last.tally
+        self.assertEqual((tally.retr, tally.retr_octets, tally.top, tally.deleted), (1, 14, 1, 1))
+
+    def test_a_connection_without_a_command_is_no_event(self) -> None:
+        server = Server()
+        protocol, _ = server.connect()
+        lose(protocol)
+        self.assertEqual(server.records.records, [])
+
+    def test_transports_without_tcp(self) -> None:
+        """A Unix socket or standard input has neither TCP options nor an address."""
+        server = Server()
+        protocol = POP3Protocol()
+        protocol.factory = server.factory
+        transport = StringTransport()
+        protocol.makeConnection(transport)
+        protocol.dataReceived(b"QUIT\r\n")
+        self.assertIn(b"signing off", transport.value())
+
+
+__all__ = ["Transport"]

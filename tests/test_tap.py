@@ -1,0 +1,122 @@
+"""`popdrop.tap`: options and what they put together."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+
+from twisted.application.service import IService, IServiceMaker
+from twisted.plugin import getPlugins
+from twisted.trial.unittest import SynchronousTestCase
+
+from popdrop import tap
+from popdrop.accounts.database import AccountsDatabase
+from popdrop.tap import Options, Popdrop, makeService
+
+LOOPBACK = ("--listen", "tcp:0:interface=127.0.0.1")
+
+
+class TapCase(SynchronousTestCase):
+    def setUp(self) -> None:
+        self.folder = tempfile.mkdtemp(prefix="popdrop-test-")
+        self.addCleanup(shutil.rmtree, self.folder)
+
+    def make(self, *words: str) -> Popdrop:
+        options = Options()
+        options.parseOptions(["--state-dir", self.folder, *words])
+        service = makeService(options)
+        self.addCleanup(service.discard)
+        return service
+
+    def refused(self, *words: str) -> str:
+        ended = self.assertRaises(SystemExit, self.make, *words)
+        text = ended.args[0]
+        assert isinstance(text, str)
+        self.assertEqual(len(text.splitlines()), 1, text)
+        return text
+
+
+class OptionTests(TapCase):
+    def test_the_plugin_is_found(self) -> None:
+        makers = [maker for maker in getPlugins(IServiceMaker) if maker.tapname == "popdrop"]
+        self.assertEqual([maker.module for maker in makers], ["popdrop.tap"])
+
+    def test_wrong_options(self) -> None:
+        """One line that names the option."""
+        for words, told in (
+            (("--cleartext", "sometimes"), "--cleartext takes one of default, never"),
+            (("--stls", "maybe"), "--stls takes one of offer, require, off"),
+            (("--apop-users", "maybe"), "--apop-users takes one of refuse, allow"),
+            (("--nonsense",), "nonsense"),
+            (("--listen", "tpc:110"), "--listen tpc:110"),
+            (("--listen", "tcp:eleven"), "--listen tcp:eleven"),
+            (("--starttls", "/nonexistent.pem"), "/nonexistent.pem"),
+            (("--starttls", "/nonexistent.pem", "--stls", "off"), "--starttls"),
+            (("--listen", "tls:/nonexistent.pem:995"), "/nonexistent.pem"),
+            (("--auth", "nonsense:x"), "--auth nonsense:x"),
+            (("--auth", "anonymous"), "--auth anonymous"),
+            (("--store", "nonsense:/x"), "--store nonsense:/x"),
+            (("--store", "mbox:/x/{user}:nonsense=1"), "nonsense"),
+            (("--store", "mbox"), "mbox"),
+            (("--throttle", "memory:nonsense=1"), "--throttle"),
+            (("--lock-timeout", "long"), "--lock-timeout takes a number of seconds"),
+            (("--min-uid", "x"), "--min-uid takes a number"),
+            (("--idle-timeout", "60"), "--allow-short-idle"),
+            (("--session-log", "nonsense"), "--session-log"),
+            (("--local-net", "10.0.0.0/99"), "--local-net 10.0.0.0/99"),
+            (("--hostname", "a b"), "--hostname"),
+            (("--demo", "--auth", "accounts:x"), "--auth"),
+            (("argument",), "argument"),
+        ):
+            base = () if words[0] == "--listen" else LOOPBACK
+            self.assertIn(told, self.refused(*base, *words))
+
+    def test_state_dir_that_cannot_be(self) -> None:
+        blocked = os.path.join(self.folder, "file")
+        with open(blocked, "w"):
+            pass
+        text = self.refused(*LOOPBACK, "--state-dir", blocked)
+        self.assertIn(f"--state-dir {blocked}", text)
+
+    def test_apop_only_needs_a_checker_that_can(self) -> None:
+        path = os.path.join(self.folder, "plain")
+        with open(path, "w") as file:
+            file.write("bob:secret\n")
+        self.make(*LOOPBACK, "--auth", f"file:{path}")
+        self.make(*LOOPBACK, "--apop-only", "--auth", f"file:{path}")
+        database = os.path.join(self.folder, "accounts.db")
+        AccountsDatabase.create(database)
+        os.unlink(database + ".key")
+        self.assertIn("--apop-only", self.refused(*LOOPBACK, "--apop-only"))
+
+    def test_defaults(self) -> None:
+        """Without options: the state folder is filled, and loopback alone is listened on."""
+        service = self.make()
+        self.assertTrue(IService.providedBy(service))
+        self.assertEqual(
+            sorted(os.listdir(self.folder)), ["accounts.db", "accounts.db.key", "self-made.pem"]
+        )
+        self.assertEqual(os.stat(os.path.join(self.folder, "accounts.db")).st_mode & 0o777, 0o600)
+        texts = service.listening_on()
+        self.assertEqual(len(texts), 4)
+        for text in texts:
+            self.assertTrue("127.0.0.1" in text or "\\:\\:1" in text, text)
+
+    def test_root_serves_no_strangers(self) -> None:
+        """Started as root without --uid: loopback, or one line (decision 18)."""
+        self.patch(tap.os, "geteuid", lambda: 0)
+        self.assertIn("--uid popdrop", self.refused("--listen", "tcp:0"))
+        self.make(*LOOPBACK)
+        self.make("--listen", "tcp6:0:interface=\\:\\:1")
+        self.patch(tap.os, "geteuid", lambda: 1000)
+        self.make("--listen", "tcp:0")
+
+    def test_demo_leaves_nothing(self) -> None:
+        options = Options()
+        options.parseOptions(["--demo"])
+        service = makeService(options)
+        folder = options["state-dir"]
+        self.assertTrue(os.path.exists(os.path.join(folder, "mail", "demo")))
+        service.discard()
+        self.assertFalse(os.path.exists(folder))
