@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Awaitable, Callable, Collection
+from functools import partial
 from random import SystemRandom
 from typing import Any, Final, TypeVar
 
@@ -43,6 +44,8 @@ BLOCK: Final = 65_536
 """Stored octets read in the reactor at a time: about 0.1 ms of work."""
 COLD_BLOCK: Final = 262_144
 """Stored octets read by a thread at a time, so that a hop (28 us) is small beside it."""
+TRIES: Final = 5
+"""Reads of a block while the file changes under them."""
 SESSION_WAIT: Final = 2.0
 """Seconds to wait for another session of the same maildrop to let go."""
 LOCK_TIMEOUT: Final = 30.0
@@ -177,10 +180,9 @@ class ThreadedDrop:
             if lines is None:
                 return None
             wanted = HOT_LIMIT
-        if not self._nowait or not source.unchanged():
-            return None
         block = self.hot(source.fd, source.offset, wanted)
-        if block is None or len(block) < wanted:
+        # Looked at behind the read: what was written before it would show.
+        if block is None or len(block) < wanted or not source.unchanged():
             return None
         outgoing = Outgoing(source.strip, source.unquote, lines)
         out = outgoing.feed(block)
@@ -239,7 +241,7 @@ class ThreadedDrop:
 
 @implementer(IBlocks)
 class MessageBlocks:
-    """One message on its way out. Before each block the file is looked at again (decision 12)."""
+    """One message on its way out. No block leaves before the file was looked at (decision 12)."""
 
     def __init__(self, drop: ThreadedDrop, source: Source, lines: int | None) -> None:
         self._drop = drop
@@ -258,28 +260,31 @@ class MessageBlocks:
 
     async def _next(self) -> bytes:
         source = self._source
-        if not source.unchanged():
-            await self._drop.patiently(source.verify)
         left = source.length - self._position
-        if left == 0 or self._outgoing.finished:
-            self._ended = True
-            return self._outgoing.end()
-        offset = source.offset + self._position
-        block = self._drop.hot(source.fd, offset, min(left, BLOCK))
-        if block is None:
-            block = await self._drop.call(
-                lambda: os.pread(source.fd, min(left, COLD_BLOCK), offset)
-            )
-        if not block:
-            raise TemporaryFailure(
-                "message could not be read, try again later", "the file became shorter"
-            )
-        self._position += len(block)
-        out = self._outgoing.feed(block)
+        out = b""
+        if left and not self._outgoing.finished:
+            block = await self._block(source.offset + self._position, left)
+            self._position += len(block)
+            out = self._outgoing.feed(block)
         if self._position == source.length or self._outgoing.finished:
             self._ended = True
             out += self._outgoing.end()
         return out
+
+    async def _block(self, offset: int, left: int) -> bytes:
+        """Octets that are still those of the message: the file is looked at behind each read."""
+        source = self._source
+        for _ in range(TRIES):
+            block = self._drop.hot(source.fd, offset, min(left, BLOCK))
+            if not block:
+                wanted = min(left, COLD_BLOCK)
+                block = await self._drop.call(partial(os.pread, source.fd, wanted, offset))
+            if block and source.unchanged():
+                return block
+            await self._drop.patiently(source.verify)
+        raise TemporaryFailure(
+            "message could not be read, try again later", "the file changes all the time"
+        )
 
     def close(self) -> None:
         """As `IBlocks.close`."""

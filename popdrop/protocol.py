@@ -16,7 +16,6 @@ from OpenSSL.SSL import Error as TLSError
 from twisted.cred.error import LoginFailed
 from twisted.cred.portal import Portal
 from twisted.internet.defer import CancelledError, Deferred
-from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.interfaces import (
     IHalfCloseableProtocol,
     IPushProducer,
@@ -145,8 +144,10 @@ class POP3Protocol(Protocol):
         self._met = True
         transport = self.transport
         facts = peer_facts(transport.getPeer(), transport.getHost(), self.factory.trusted_address)
-        version, cipher = tls_facts(transport)
-        self._facts = replace(facts, tls_version=version, tls_cipher=cipher)
+        if self._session.secured:
+            version, cipher = tls_facts(transport)
+            facts = replace(facts, tls_version=version, tls_cipher=cipher)
+        self._facts = facts
         self._session.met(self._facts)
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
@@ -156,8 +157,6 @@ class POP3Protocol(Protocol):
         if isinstance(reason.value, TLSError):
             self._reason = "tls-error"
             log.info("TLS with {peer} failed", peer=self._host())
-        elif not isinstance(reason.value, ConnectionDone | ConnectionLost):
-            log.debug("{peer}: connection lost: {kind}", peer=self._host(), kind=reason.type)
         if not self._committing:
             if self._effect is not None:
                 self._effect.cancel()
@@ -173,8 +172,6 @@ class POP3Protocol(Protocol):
         probed = self._reason == "quit-before-login" and self._session.user is not None
         if self._session.logged_in or self._reason in ("quit", "commit-failed") or probed:
             self._record("end", self._reason)
-        else:
-            log.debug("{peer}: gone before login: {why}", peer=self._host(), why=self._reason)
         self.factory.forget(self)
 
     def readConnectionLost(self) -> None:

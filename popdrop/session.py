@@ -38,12 +38,12 @@ _OTHER_PROTOCOL = re.compile(rb"(?i)(?:GET|POST|PUT|HEAD|EHLO|HELO|OPTIONS|CONNE
 """A first line that shows a confused or forced client (the ALPACA attacks)."""
 
 
-class State(enum.Flag):
+class State(enum.Enum):
     """RFC 1939 section 3."""
 
-    AUTHORIZATION = enum.auto()
-    TRANSACTION = enum.auto()
-    UPDATE = enum.auto()
+    AUTHORIZATION = "AUTHORIZATION"
+    TRANSACTION = "TRANSACTION"
+    UPDATE = "UPDATE"
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +114,7 @@ class Command:
     do: Callable[..., Result]
     least: int
     most: int
-    states: State
+    states: tuple[State, ...]
     syntax: str
     summary: str
     source: str
@@ -164,6 +164,11 @@ class Session:
         return COMMAND_LIMIT if self._exchange is None else SASL_LIMIT
 
     @property
+    def secured(self) -> bool:
+        """Whether TLS protects the connection."""
+        return self._secured
+
+    @property
     def logged_in(self) -> bool:
         """Whether a maildrop is open."""
         return self._state is State.TRANSACTION
@@ -182,7 +187,7 @@ class Session:
         command = COMMANDS.get(word) or COMMANDS.get(word.upper())
         if command is None:
             return self._malformed("unknown command")
-        if not self._state & command.states:
+        if self._state not in command.states:
             return self._out_of_place()
         if not command.before_tls and rules.tls_is_missing(self._policy, self._secured):
             return Refusal(b"-ERR [AUTH] TLS required but not negotiated\r\n", "tls-required")
@@ -496,8 +501,8 @@ class Session:
 
 
 def _table() -> dict[bytes, Command]:
-    before, inside = State.AUTHORIZATION, State.TRANSACTION
-    both = before | inside
+    before, inside = (State.AUTHORIZATION,), (State.TRANSACTION,)
+    both = before + inside
     s = Session
     rows = [
         Command("USER", s._do_user, 1, 1, before, "USER name", "Name the account.", "RFC 1939",

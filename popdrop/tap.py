@@ -50,6 +50,8 @@ STORE_THREADS: Final = 16
 """Maildrops opened, read from disk or rewritten at once; more wait their turn."""
 LOOKUP_THREADS: Final = 4
 """Account look-ups at once, apart from the store's, so that a slow disk stops no login."""
+LOOK_EVERY: Final = 1.0
+"""Seconds until the modes of the accounts database are looked at again: 17 us a look."""
 HASH_THREADS: Final = 2
 """Argon2 hashes in flight: 19 MiB and a core each."""
 SHORTEST_IDLE: Final = 600
@@ -342,7 +344,8 @@ class Popdrop(Service):
         for text in self._options["auth"] or [self._default_accounts()]:
             kind, _, argument = text.partition(":")
             if kind == "accounts":
-                database = AccountsDatabase(os.path.abspath(argument or self._default_database()))
+                path = os.path.abspath(argument or self._default_database())
+                database = AccountsDatabase(path, look_every=LOOK_EVERY)
                 self._databases.append(database)
                 self._accounts.append(database)
                 checkers.append(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import final
+from typing import NamedTuple, final
 
 
 @final
@@ -88,8 +88,15 @@ class Owner:
     uid: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Source:
+def _always() -> bool:
+    return True
+
+
+def _nothing() -> None:
+    return None
+
+
+class Source(NamedTuple):
     """Where the stored octets of one message lie, and how they become octets as sent.
 
     `fd`        an open descriptor; it stays open until the maildrop is released
@@ -110,8 +117,8 @@ class Source:
     octets: int
     strip: frozenset[bytes] = frozenset()
     unquote: bool = False
-    unchanged: Callable[[], bool] = field(default=lambda: True)
-    verify: Callable[[], None] = field(default=lambda: None)
+    unchanged: Callable[[], bool] = _always
+    verify: Callable[[], None] = _nothing
 
 
 def normalised(host: str) -> str:

@@ -172,7 +172,9 @@ class Outgoing:
             stored = stored.replace(b"\r\n", b"\n")
         if self._unquote:
             stored = self._unquoted(stored)
-        return self._stuffed(self._selected(stored))
+        if self._in_header or self._body_lines is not None:
+            stored = self._selected(stored)
+        return self._stuffed(stored)
 
     def end(self) -> bytes:
         """What is left when all stored octets have been fed, with the terminating line."""

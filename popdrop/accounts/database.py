@@ -104,13 +104,18 @@ class AccountsDatabase:
     """The accounts in the file `path`. All methods block and may be called from any thread.
 
     Making one raises `ConfigError` when the file is missing, damaged, of a newer Popdrop, or open
-    to others. It leaves no connection open: rights may be dropped afterwards.
+    to others. It leaves no connection open: rights may be dropped afterwards. `look_every` is in
+    seconds: how long a look at the files' modes holds, for servers with many logins a second.
     """
 
     def __init__(
-        self, path: str, hasher: Hasher | None = None, system: SystemFacts | None = None
+        self,
+        path: str,
+        hasher: Hasher | None = None,
+        system: SystemFacts | None = None,
+        look_every: float = 0.0,
     ) -> None:
-        self._file = SqliteFile(path)
+        self._file = SqliteFile(path, look_every)
         self._hasher = hasher if hasher is not None else Hasher()
         self._system = system if system is not None else SystemFacts()
         self._vault: tuple[object, Vault | None] = (None, None)

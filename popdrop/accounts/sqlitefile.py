@@ -11,6 +11,7 @@ import os
 import secrets
 import sqlite3
 import stat
+import time
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -62,10 +63,15 @@ class Opened(NamedTuple):
 
 
 class SqliteFile:
-    """The file and its connections. May be used from any thread; connections are kept for reuse."""
+    """The file and its connections. May be used from any thread; connections are kept for reuse.
 
-    def __init__(self, path: str) -> None:
+    The files' modes are looked at when they are used, but not again within `look_every` seconds.
+    """
+
+    def __init__(self, path: str, look_every: float = 0.0) -> None:
         self.path = os.path.realpath(path)
+        self._look_every = look_every
+        self._looked: tuple[float, Seen] | None = None
         self.folder = os.path.dirname(self.path)
         self.key_path = self.path + ".key"
         self._companions = (self.path + "-wal", self.path + "-shm")
@@ -120,13 +126,22 @@ class SqliteFile:
         stamp = (key.st_dev, key.st_ino, key.st_size, key.st_mtime_ns)
         return Seen((facts.st_dev, facts.st_ino), stamp)
 
+    def _lately_seen(self) -> Seen:
+        now = time.monotonic()
+        if self._looked is not None and now - self._looked[0] < self._look_every:
+            return self._looked[1]
+        self._looked = None
+        seen = self.look()
+        self._looked = (now, seen)
+        return seen
+
     @contextmanager
     def use(self) -> Iterator[Opened]:
         """A connection that nobody else has meanwhile, after a look at the files.
 
         Raises `ConfigError`, `OSError`, `sqlite3.Error`.
         """
-        seen = self.look()
+        seen = self._lately_seen()
         opened = self._take(seen)
         try:
             yield opened

@@ -28,6 +28,7 @@ from popdrop.errors import Busy, ConfigError, PermanentFailure, TemporaryFailure
 from popdrop.interfaces import IBlockingMaildrop, IBlockingStore, IStoreFactory
 from popdrop.listing import Listing
 from popdrop.stores.mbox.locks import KINDS, NoDotLock, SessionLock, SpoolLocks
+from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import (
     BLOCK,
     FROM_LINE,
@@ -134,6 +135,7 @@ class MboxStore:
         self.strip = STRIPPED if strip_headers else frozenset()
         self.max_messages = max_messages
         self.max_octets = max_octets
+        self.recent = Recent()
 
     def open(self, owner: Owner) -> MboxDrop:
         """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
@@ -186,10 +188,13 @@ class MboxDrop:
         if spool:
             if not spool.writable:
                 self._read_only = f"{spool.path}: no right to write it"
+            if self._recall(spool):
+                return
             self._photograph()
             if self._read_only:
                 log.warn("maildrop is read-only: {reason}", reason=self._read_only)
         self.listing = Listing(self._spans.sizes)
+        self._keep()
 
     @property
     def _spool(self) -> Spool:
@@ -198,6 +203,28 @@ class MboxDrop:
         return self._maybe_spool
 
     # The photograph
+
+    def _recall(self, spool: Spool) -> bool:
+        """Take the photograph of an earlier session if nothing was written since."""
+        key = key_of(spool.opened)
+        known = self._store.recent.get(spool.path, key)
+        if known is None:
+            return False
+        self._key, self._spans, self.listing = known
+        self._settled = True
+        self._look_at_times(spool.opened)
+        return True
+
+    def _keep(self) -> None:
+        """For the next session: only what would still show a change made right now."""
+        whole = self._reading_locks == self._store.locks and self._maybe_spool is not None
+        if self._settled and self._key is not None and whole:
+            photograph = Photograph(self._key, self._spans, self.listing)
+            self._store.recent.put(self._spool.path, photograph)
+
+    def _look_at_times(self, found: os.stat_result) -> None:
+        self._atime = found.st_atime_ns
+        self._had_new_mail = found.st_atime_ns <= found.st_mtime_ns
 
     def _lock_to_read(self) -> SpoolLocks:
         spool = self._spool
@@ -239,8 +266,7 @@ class MboxDrop:
         if store.max_messages and len(spans) > store.max_messages:
             raise PermanentFailure(TOO_LARGE, f"{spool.path}: {len(spans)} messages")
         self._spans = spans
-        self._atime = found.st_atime_ns
-        self._had_new_mail = found.st_atime_ns <= found.st_mtime_ns
+        self._look_at_times(found)
         self._remember(found)
 
     def _remember(self, found: os.stat_result) -> None:
@@ -260,13 +286,15 @@ class MboxDrop:
     def source(self, index: int) -> Source:
         """As `IBlockingMaildrop.source`."""
         spans = self._spans
+        altered = spans.altered[index]
         return Source(
             fd=self._spool.fd,
             offset=spans.offset(index),
             length=spans.lengths[index],
             octets=spans.sizes[index],
-            strip=self._store.strip,
-            unquote=self._store.unquote,
+            # Most mail goes out as it lies there: nothing need be looked for in it.
+            strip=self._store.strip if altered else frozenset(),
+            unquote=self._store.unquote and altered > 0,
             unchanged=partial(self._is_unchanged, index),
             verify=partial(self._verify, index),
         )
@@ -348,6 +376,7 @@ class MboxDrop:
             if not self._settled or key_of(self._spool.stat()) != self._key:
                 digests = self._digests_locked()
         self.listing = self.listing.with_ids(unique_ids(digests))
+        self._keep()
 
     def _digests(self, refresh: Refresh = lambda: None) -> list[bytes]:
         digests = []

@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
+from functools import lru_cache
 from hashlib import sha256
 from secrets import token_hex
 from types import TracebackType
@@ -58,10 +59,20 @@ class NoDotLock(OSError):
     """The dot-lock can be neither made nor waited for: no rights, no space, or a broken folder."""
 
 
+@lru_cache(maxsize=1024)
+def _real(folder: str, device: int, inode: int) -> str:
+    """The folder's own path. As long as it is the same folder, links are not followed again."""
+    return os.path.realpath(folder)
+
+
 def resolved(path: str) -> str:
     """The path with the symbolic links of its folder resolved; of the file itself none are."""
     folder, name = os.path.split(path)
-    return os.path.join(os.path.realpath(folder), name)
+    try:
+        found = os.stat(folder)
+    except OSError:
+        return os.path.join(os.path.realpath(folder), name)
+    return os.path.join(_real(folder, found.st_dev, found.st_ino), name)
 
 
 class SessionLock:

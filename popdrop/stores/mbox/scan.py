@@ -94,13 +94,14 @@ def _octets() -> array[int]:
 
 @dataclass(slots=True)
 class Spans:
-    """Where the messages of one mbox file lie. 30 octets of memory a message.
+    """Where the messages of one mbox file lie. 31 octets of memory a message.
 
     `starts`  offsets of the From_ lines, in octets
     `heads`   octets of each From_ line with its line end
     `lengths` octets of each message as stored, behind its From_ line, without the separator
     `sizes`   octets of each as sent (RFC 1939 section 11)
     `checks`  CRC-32 of the From_ line, the header without spool headers, and the body's length
+    `altered` 1 for each that is not sent as it is stored: fields left out, quoting undone
     `end`     octets scanned
     `hidden`  whether a c-client pseudo message stands before the first of these
     """
@@ -110,6 +111,7 @@ class Spans:
     lengths: array[int] = field(default_factory=_octets)
     sizes: array[int] = field(default_factory=_octets)
     checks: array[int] = field(default_factory=lambda: array("I"))
+    altered: array[int] = field(default_factory=lambda: array("B"))
     end: int = 0
     hidden: bool = False
 
@@ -153,6 +155,7 @@ class Scanner:
         self._check = 0
         self._marks: set[int] = set()
         self._in_header = False
+        self._quoted = False
         self._cut: HeaderCut | None = None
 
     def feed(self, block: bytes) -> None:
@@ -251,6 +254,7 @@ class Scanner:
         self._octets = 0
         self._check = crc32(line[0])
         self._in_header = True
+        self._quoted = False
         self._cut = None
 
     def _piece(self, buffer: bytes, start: int, end: int, quoted: bool) -> None:
@@ -261,7 +265,9 @@ class Scanner:
         if self._has_cr:
             self._octets -= buffer.count(b"\r\n", start, end)
         if quoted:
-            self._octets -= len(_QUOTED.findall(buffer, start - 1, end))
+            removed = len(_QUOTED.findall(buffer, start - 1, end))
+            self._octets -= removed
+            self._quoted = self._quoted or removed > 0
         if self._in_header:
             self._header(buffer, start, end)
 
@@ -299,7 +305,7 @@ class Scanner:
         spans.starts.append(self._start)
         spans.heads.append(self._content - self._start)
         spans.lengths.append(content_end - self._content)
-        spans.sizes.append(
-            self._octets - (2 if separator else 0) - (self._cut.unsent if self._cut else 0)
-        )
+        unsent = self._cut.unsent if self._cut else 0
+        spans.sizes.append(self._octets - (2 if separator else 0) - unsent)
+        spans.altered.append(unsent > 0 or self._quoted)
         spans.checks.append(crc32(b"%d" % (content_end - self._body), self._check))

@@ -33,6 +33,8 @@ class Spool:
         self.fd = fd
         self.path = path
         self.writable = writable
+        self.opened = os.fstat(fd)
+        """The file's facts when it was opened."""
 
     def stat(self) -> os.stat_result:
         """The file's facts as they are now."""
@@ -84,13 +86,14 @@ def open_spool(path: str, uids: frozenset[int] | None) -> Spool | None:
         return None
     flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        spool = Spool(os.open(path, flags | os.O_RDWR), path, True)
+        fd, writable = os.open(path, flags | os.O_RDWR), True
     except OSError as error:
         if error.errno not in NO_RIGHT:
             raise
-        spool = Spool(os.open(path, flags | os.O_RDONLY), path, False)
+        fd, writable = os.open(path, flags | os.O_RDONLY), False
+    spool = Spool(fd, path, writable)
     try:
-        _check(path, spool.stat(), uids)
+        _check(path, spool.opened, uids)
     except BaseException:
         spool.close()
         raise

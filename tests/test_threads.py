@@ -1,0 +1,81 @@
+"""`popdrop.threads`: work in threads, results in the reactor."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, gatherResults
+from twisted.trial.unittest import TestCase
+
+from popdrop.threads import Pool
+
+
+class PoolTests(TestCase):
+    def pool(self, threads: int) -> Pool:
+        pool = Pool(reactor, "test", threads)  # type: ignore[arg-type]
+        pool.start()
+        self.addCleanup(pool.stop)
+        return pool
+
+    async def test_result_comes_in_the_reactor(self) -> None:
+        here = threading.get_ident()
+        pool = self.pool(2)
+        there = await pool.run(threading.get_ident)
+        self.assertNotEqual(there, here)
+        self.assertEqual(threading.get_ident(), here)
+        self.assertEqual(await pool.run(int, "11", base=2), 3)
+
+    async def test_failure(self) -> None:
+        with self.assertRaises(ZeroDivisionError):
+            await self.pool(1).run(lambda: 1 // 0)
+
+    async def test_all_threads_are_used_and_no_more(self) -> None:
+        """Work waits behind long work only when every thread is busy."""
+        pool = self.pool(3)
+        meeting = threading.Barrier(3)
+        await gatherResults([pool.run(meeting.wait, 60) for _ in range(3)])
+        seen = await gatherResults([pool.run(threading.get_ident) for _ in range(200)])
+        self.assertLessEqual(len(set(seen)), 3)
+
+    async def test_work_behind_long_work_gets_a_thread(self) -> None:
+        pool = self.pool(2)
+        release = threading.Event()
+        long = pool.run(release.wait, 60)
+        self.assertEqual(await pool.run(lambda: "short"), "short")
+        release.set()
+        self.assertTrue(await long)
+
+    async def test_cancelled(self) -> None:
+        """The waiting ends, the work goes on, and its late result harms nobody."""
+        pool = self.pool(1)
+        release, ended = threading.Event(), threading.Event()
+
+        def work() -> None:
+            release.wait(60)
+            ended.set()
+
+        waiting = pool.run(work)
+        waiting.cancel()
+        with self.assertRaises(CancelledError):
+            await waiting
+        release.set()
+        await pool.run(lambda: None)
+        self.assertTrue(ended.is_set())
+
+    async def test_work_before_the_start_waits_for_it(self) -> None:
+        pool = Pool(reactor, "test", 1)  # type: ignore[arg-type]
+        early = pool.run(lambda: 1)
+        pool.start()
+        self.addCleanup(pool.stop)
+        self.assertEqual(await early, 1)
+
+    def test_stop_reports_what_was_in_progress(self) -> None:
+        pool = Pool(reactor, "test", 1)  # type: ignore[arg-type]
+        pool.start()
+        results: list[Any] = []
+        pool.run(lambda: 1).addCallback(results.append)
+        pool.stop()
+        self.assertEqual(results, [1])
+        self.assertFalse([t for t in threading.enumerate() if t.name.startswith("test-")])
