@@ -73,6 +73,9 @@ class IBlockingStore(Interface):
     def open(owner: Owner) -> IBlockingMaildrop:
         """One try, no waiting: raises `Busy` when another holds a lock."""
 
+    def tidy() -> None:
+        """Once after the start: remove what a killed process of ours may have left."""
+
 
 class IBlockingMaildrop(Interface):
     """One maildrop of a blocking store. Calls come one after another, from any thread."""
@@ -80,7 +83,7 @@ class IBlockingMaildrop(Interface):
     listing: Listing = Attribute("As `IMaildrop.listing`.")
 
     def identify() -> None:
-        """As `IMaildrop.identify`: replaces `listing` by one with ids."""
+        """As `IMaildrop.identify`: replaces `listing` by one with ids. May raise `Busy`."""
 
     def source(index: int) -> Source:
         """Where message `index` (0-based) lies. Does no input or output."""

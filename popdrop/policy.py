@@ -55,14 +55,15 @@ class Policy:
 class Mind:
     """What the protocol tells the realm beside the name (cred's `mind`).
 
-    `cleartext` is whether the password itself was sent; `verified` is called once the credentials
-    and the account's own rules were found good, before the maildrop is opened.
+    `cleartext` is whether the password itself was sent; `verified` is called with the
+    canonical name once the credentials and the account's own rules were found good, before the
+    maildrop is opened.
     """
 
     policy: Policy
     cleartext: bool = True
     peer: PeerFacts = field(default_factory=PeerFacts)
-    verified: Callable[[], None] = field(default=lambda: None)
+    verified: Callable[[bytes], None] = field(default=lambda name: None)
 
 
 def network(option: str, text: str) -> Network:

@@ -108,6 +108,7 @@ class POP3Protocol(Protocol):
         self._first = True
         self._verified = False
         self._reason = "disconnected"
+        self._account = b""
         self._facts = PeerFacts()
 
     # Connection
@@ -512,7 +513,17 @@ class POP3Protocol(Protocol):
 
     def _release(self) -> Any:
         drop, self._drop = self._drop, None
+        if self.factory.holders.get(self._account) is self:
+            del self.factory.holders[self._account]
         return drop.release() if drop is not None else None
+
+    def give_way(self, takeover: float) -> None:
+        """Yield to a new session of this account if this one has been idle for `takeover` s."""
+        idle = self.factory.clock.seconds() - self._progress
+        if takeover and idle >= takeover and self._effect is None and not self._closing:
+            log.info("{peer}: yields to a new session of its user", peer=self._host())
+            self._release()
+            self._hang_up(b"-ERR [SYS/TEMP] another session of yours took over\r\n", "takeover")
 
     # Login
 
@@ -541,6 +552,7 @@ class POP3Protocol(Protocol):
         mechanism = credentials.mechanism
         if outcome == "good":
             self._drop = drop
+            self.factory.holders[self._account] = self
             reply = self._session.opened(drop.listing)
             self._record("login", "ok", mechanism)
             self.transport.write(reply)
@@ -580,9 +592,13 @@ class POP3Protocol(Protocol):
             return cast("IMaildrop", avatar)
         return await legacy.adapted(avatar, logout)
 
-    def _now_verified(self) -> None:
+    def _now_verified(self, name: bytes) -> None:
         # Opening may take as long as the locks do; the deadline is for strangers (decision 27).
         self._verified = True
+        holder = self.factory.holders.get(name)
+        if holder is not None and holder is not self:
+            holder.give_way(self.factory.takeover)
+        self._account = name
 
     def _record(self, event: str, reason: str, mechanism: str | None = None) -> None:
         self.factory.session_log.event(
@@ -603,7 +619,9 @@ class POP3Factory(ServerFactory):
     """All connections of one listener.
 
     `tls` is the context factory of STLS, `None` without it. `proof_key` is a random key of this
-    process, for the throttle.
+    process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
+    yields to a new one of its account. `holders` are the logged-in sessions by account, over all
+    listeners of a service.
     """
 
     protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
@@ -623,6 +641,8 @@ class POP3Factory(ServerFactory):
         trusted_address: bool = True,
         listener: str = "",
         proof_key: bytes = b"",
+        takeover: float = 0.0,
+        holders: dict[bytes, POP3Protocol] | None = None,
     ) -> None:
         self.portal = portal
         self.policy = policy
@@ -635,6 +655,8 @@ class POP3Factory(ServerFactory):
         self.trusted_address = trusted_address
         self.listener = listener
         self.proof_key = proof_key or secrets.token_bytes(32)
+        self.takeover = takeover
+        self.holders: dict[bytes, POP3Protocol] = {} if holders is None else holders
         self.protocols: set[POP3Protocol] = set()
         self.stopping = False
 

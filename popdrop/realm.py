@@ -65,7 +65,7 @@ class Realm:
         refusal = account_refusal(mind.policy, account, mind.cleartext)
         if refusal is not None:
             raise BadCredentials(FAILED, refusal)
-        mind.verified()
+        mind.verified(account.name)
         # The whole name, domain included, is the user: two domains never share a path.
         owner = Owner(account.name.decode("utf-8"), "", account.home, account.uid)
         drop = await self._store.open(owner)

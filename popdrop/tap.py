@@ -9,9 +9,11 @@ import os
 import re
 import secrets
 import shutil
+import signal
 import socket
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -38,7 +40,7 @@ from popdrop.interfaces import IAccounts, IBlockingStore, IStore, IStoreFactory
 from popdrop.inthreads import LOCK_TIMEOUT, InThreads
 from popdrop.places import default_state_dir
 from popdrop.policy import APOP_USERS, CLEARTEXT, LOOPBACK, STLS, Policy, network
-from popdrop.protocol import POP3Factory, Timing
+from popdrop.protocol import POP3Factory, POP3Protocol, Timing
 from popdrop.realm import Realm
 from popdrop.spec import parse
 from popdrop.threads import Pool
@@ -151,6 +153,13 @@ class Options(usage.Options):
         ],
         ["idle-timeout", None, 600.0, "Seconds, after login.", _seconds("idle-timeout")],
         ["login-timeout", None, 60.0, "Seconds from connect to login.", _seconds("login-timeout")],
+        [
+            "takeover",
+            None,
+            0.0,
+            "Seconds of idleness after which a session yields to a new one of its user; 0: never.",
+            _seconds("takeover"),
+        ],
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
         ["hostname", None, None, "This server's name. [the machine's]"],
     ]
@@ -257,6 +266,7 @@ class Popdrop(Service):
         self._demo_dir: str | None = None
         self._keyring = certs.Keyring()
         self._databases: list[AccountsDatabase] = []
+        self._tidy: Callable[[], None] | None = None
         self.hostname = options["hostname"] or _machine_name()
         try:
             self._assemble()
@@ -292,6 +302,7 @@ class Popdrop(Service):
         portal = Portal(realm)
         portal.registerChecker(cast("ICredentialsChecker", chain), *kinds)
         timing = Timing(options["login-timeout"], options["idle-timeout"])
+        holders: dict[bytes, POP3Protocol] = {}
         for listener in self._parsed_listeners():
             self._listeners.append(listener)
             self._factories.append(
@@ -307,6 +318,8 @@ class Popdrop(Service):
                     trusted_address=listener.trusted_address,
                     listener=listener.text,
                     proof_key=self._throttle.proof_key,
+                    takeover=options["takeover"],
+                    holders=holders,
                 )
             )
         self._refuse_root()
@@ -361,9 +374,7 @@ class Popdrop(Service):
     def _default_accounts(self) -> str:
         path = self._default_database()
         if AccountsDatabase.create(path):
-            log.info(
-                "made {path}; add an account with: popdrop user add --db {path} NAME", path=path
-            )
+            log.info("made {path}", path=path)
         return f"accounts:{path}"
 
     def _foreign_checker(self, text: str) -> Any:
@@ -413,6 +424,7 @@ class Popdrop(Service):
             raise ConfigError(f"--store {text}: no such kind; known are: {kinds}")
         store = factory.make(self._reactor, self.state_dir, *spec.args, **spec.kwargs)
         if IBlockingStore.providedBy(store):
+            self._tidy = store.tidy
             return InThreads(
                 store,
                 self._store_pool,
@@ -543,7 +555,21 @@ class Popdrop(Service):
         self._listen()
         for pool in self._pools:
             pool.start()
+        if self._tidy is not None:
+            self._store_pool.run(self._tidy).addErrback(
+                lambda failure: log.failure("tidying up failed", failure=failure)
+            )
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGHUP, self._hung_up)
         self._tell()
+
+    def _hung_up(self, number: int, frame: object) -> None:
+        self._reactor.callFromThread(self.reload)
+
+    def reload(self) -> None:
+        """SIGHUP: log files are opened anew, for logrotate. No session is dropped."""
+        log.info("opening the session logs anew")
+        self._session_log.reopen()
 
     def _tell(self) -> None:
         for listener, port in zip(self._listeners, self._ports, strict=True):
@@ -556,6 +582,13 @@ class Popdrop(Service):
             )
         if self._demo_dir is not None:
             self._tell_demo()
+            return
+        for database in self._databases:
+            if not database.names():
+                log.warn(
+                    "{path} holds no account; add one with: popdrop user add --db {path} NAME",
+                    path=database.path,
+                )
 
     async def _stop(self) -> None:
         for port in self._ports:

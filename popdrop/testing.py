@@ -75,6 +75,9 @@ class MemoryStore:
             if drop:
                 drop.verified.clear()
 
+    def tidy(self) -> None:
+        """As `IBlockingStore.tidy`: nothing is left in memory."""
+
     def open(self, owner: Owner) -> MemoryDrop:
         """As `IBlockingStore.open`."""
         self.may_fail("open")

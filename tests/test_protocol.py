@@ -340,7 +340,7 @@ class FetchTests(SynchronousTestCase):
     def test_gone_in_the_middle_of_a_message(self) -> None:
         server = Server([b"x" * 999 + b"\n"])
         server.store.hot = False
-        protocol, transport = server.logged_in()
+        protocol, _transport = server.logged_in()
         held: list[Deferred[None]] = []
 
         def hold() -> Deferred[None]:
@@ -416,6 +416,51 @@ class CommitTests(SynchronousTestCase):
         self.assertFalse(server.factory.protocols)
         record = server.records.records[-1]
         self.assertEqual((record.event, record.reason, record.tally.deleted), ("end", "quit", 1))
+
+
+class TakeoverTests(SynchronousTestCase):
+    """A session that is idle for long yields to a new one of its user, if that is wanted."""
+
+    def test_takeover(self) -> None:
+        server = Server()
+        server.factory.takeover = 30
+        _, first = server.logged_in()
+        server.clock.advance(31)
+        protocol, second = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\nSTAT\r\n")
+        self.assertEqual(first.value(), b"-ERR [SYS/TEMP] another session of yours took over\r\n")
+        self.assertTrue(first.disconnecting)
+        self.assertTrue(second.value().endswith(b"+OK 2 25\r\n"))
+        self.assertEqual([drop.released for drop in server.store.opened], [1, 0])
+
+    def test_a_busy_or_fresh_session_stays(self) -> None:
+        for wanted, idle in ((30, 29), (0, 500)):
+            server = Server()
+            server.factory.takeover = wanted
+            _, first = server.logged_in()
+            server.clock.advance(idle)
+            protocol, second = server.connect()
+            protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+            self.assertIn(b"-ERR [IN-USE]", second.value())
+            self.assertEqual(first.value(), b"")
+
+    def test_a_wrong_password_ends_nobody(self) -> None:
+        server = Server()
+        server.factory.takeover = 30
+        _, first = server.logged_in()
+        server.clock.advance(31)
+        protocol, _ = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+        self.assertEqual(first.value(), b"")
+
+    def test_holders_are_forgotten(self) -> None:
+        server = Server()
+        for ending in (b"QUIT\r\n", b""):
+            protocol, _ = server.logged_in()
+            self.assertEqual(list(server.factory.holders), [b"bob"])
+            protocol.dataReceived(ending)
+            lose(protocol)
+            self.assertEqual(server.factory.holders, {})
 
 
 class StopTests(SynchronousTestCase):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 
@@ -89,7 +90,7 @@ class TranscriptTests(SynchronousTestCase):
         transcript = Transcript(data.draw(st.sampled_from(self.transcripts)))
         points = data.draw(st.sets(st.integers(1, len(transcript.sent) - 1), max_size=40))
         places = [0, *sorted(points), len(transcript.sent)]
-        pieces = [transcript.sent[a:b] for a, b in zip(places, places[1:], strict=False)]
+        pieces = [transcript.sent[a:b] for a, b in itertools.pairwise(places)]
         hot = data.draw(st.booleans())
         self.assertEqual(replay(pieces, hot), replay([transcript.sent]))
 

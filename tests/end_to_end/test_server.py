@@ -6,6 +6,7 @@ import hashlib
 import os
 import poplib
 import re
+import signal
 import socket
 import ssl
 import struct
@@ -429,6 +430,39 @@ class AttackTests(ServerCase):
         assert first is not None
         self.assertEqual(len(first), 30_000 + 7)
         self.assertIn(b"signing off", wire.rest())
+
+
+class SignalTests(ServerCase):
+    def test_hangup_opens_the_session_log_anew(self) -> None:
+        """As logrotate wants it; the session beside it goes on."""
+        path = self.folder.path / "sessions.log"
+        server = self.serve("--session-log", f"plain:{path}", "--session-log", "plain")
+        client = server.client()
+        client.user("bob")
+        client.pass_("hunter2")
+        server.wait_for('login user="bob"')
+        path.rename(self.folder.path / "sessions.log.1")
+        server.process.send_signal(signal.SIGHUP)
+        server.wait_for("opening the session logs anew")
+        self.assertEqual(client.stat()[0], 3)
+        client.quit()
+        server.wait_for('end user="bob"')
+        server.stop()
+        self.assertIn("login user", (self.folder.path / "sessions.log.1").read_text())
+        self.assertIn("end user", path.read_text())
+
+    def test_a_stop_tells_idle_clients(self) -> None:
+        server = self.serve()
+        wire = Wire(self, server.port)
+        wire.send(b"USER bob\r\nPASS hunter2\r\nDELE 1\r\n")
+        for _ in range(4):
+            wire.line()
+        server.process.send_signal(signal.SIGTERM)
+        self.assertEqual(wire.rest(), b"-ERR [SYS/TEMP] server is shutting down\r\n")
+        server.stop()
+        # Twisted ends itself by the signal that it was sent.
+        self.assertEqual(server.process.returncode, -signal.SIGTERM)
+        self.assertEqual(self.spool.read_bytes().count(b"Subject: mail"), 3)
 
 
 class OptionTests(ServerCase):

@@ -27,7 +27,7 @@ from zope.interface import implementer
 from popdrop.errors import Busy, ConfigError, PermanentFailure, TemporaryFailure
 from popdrop.interfaces import IBlockingMaildrop, IBlockingStore, IStoreFactory
 from popdrop.listing import Listing
-from popdrop.stores.mbox.locks import KINDS, NoDotLock, SessionLock, SpoolLocks
+from popdrop.stores.mbox.locks import KINDS, NoDotLock, SessionLock, SpoolLocks, sweep
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import (
     BLOCK,
@@ -153,6 +153,17 @@ class MboxStore:
                     spool.close()
                 session.release()
                 raise
+
+    def tidy(self) -> None:
+        """As `IBlockingStore.tidy`: half-made dot-locks, where all spools lie in one folder."""
+        folder = os.path.dirname(self._template.text)
+        if "{" not in folder:
+            with suppress(OSError):
+                count = sweep(folder)
+                if count:
+                    log.info(
+                        "{count} half-made locks removed from {folder}", count=count, folder=folder
+                    )
 
     def _make_folder(self) -> None:
         # Not before the first login: by then the rights of the start have been dropped.
