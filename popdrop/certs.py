@@ -7,18 +7,17 @@ attacks.
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import re
 import secrets
 from collections.abc import Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, ed448, ed25519, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 from OpenSSL import SSL
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from twisted.logger import Logger
@@ -26,6 +25,7 @@ from twisted.protocols.tls import TLSMemoryBIOProtocol
 from zope.interface import implementer
 
 from popdrop.errors import ConfigError
+from popdrop.selfmade import make as _make
 
 log = Logger()
 
@@ -36,8 +36,6 @@ LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
 """Names of chain and key in a folder: certbot's, and those of a Kubernetes secret."""
 
 SELF_MADE = "self-made.pem"
-SELF_MADE_DAYS = 825
-"""The longest life that every common client still takes."""
 
 PrivateKey = (
     rsa.RSAPrivateKey
@@ -212,19 +210,59 @@ class Certificates:
     def __init__(
         self, path: str, *, key: str | None = None, chain: str | None = None, option: str = ""
     ) -> None:
-        reader = _Reader(option or f"--starttls {path}")
+        self._source = (path, key, chain, option or f"--starttls {path}")
+        self.files: tuple[str, ...] = ()
+        self._stamp: object = None
+        self._complaint = ""
+        self._read()
+
+    def _read(self) -> None:
+        path, key, chain, option = self._source
+        reader = _Reader(option)
         if key is None and os.path.isdir(path):
             pairs = reader.folder(path)
         else:
             pairs = [reader.pair(path, key or path, chain)]
-        self.files = tuple(dict.fromkeys(reader.files))
+        files = tuple(dict.fromkeys(reader.files))
         now = datetime.now(UTC)
         contexts = [(pair, self._context(reader, pair)) for pair in pairs]
-        self._default = next((c for pair, c in contexts if pair.current(now)), contexts[0][1])
+        default = next((c for pair, c in contexts if pair.current(now)), contexts[0][1])
         by_name: dict[bytes, SSL.Context] = {}
         for pair, context in sorted(contexts, key=lambda each: each[0].leaf.not_valid_after_utc):
             by_name.update(dict.fromkeys(pair.names, context))
-        self._by_name = by_name
+        # All at once, at the end: a pair that is broken changes nothing.
+        self.files, self._default, self._by_name = files, default, by_name
+        self._stamp = self._look()
+
+    def _look(self) -> object:
+        """What changes when one of the files does, or when a folder gets a new one."""
+        path = self._source[0]
+        facts: list[tuple[int, int, int] | None] = []
+        for name in (path, *self.files):
+            try:
+                found = os.stat(name)
+            except OSError:
+                facts.append(None)
+            else:
+                facts.append((found.st_ino, found.st_size, found.st_mtime_ns))
+        return facts
+
+    def refresh(self) -> None:
+        """Read the files again if they have changed. Blocking; sessions in progress go on.
+
+        A pair that cannot be used leaves the old one in its place and one line in the log.
+        """
+        if self._look() == self._stamp:
+            return
+        try:
+            self._read()
+        except ConfigError as error:
+            if str(error) != self._complaint:
+                log.error("{error}; the old certificate stays in use", error=str(error))
+            self._complaint = str(error)
+        else:
+            self._complaint = ""
+            log.info("read {path} again", path=self._source[0])
 
     def serverConnectionForTLS(self, protocol: TLSMemoryBIOProtocol) -> SSL.Connection:
         """A fresh server connection. The name in the client's greeting may change its context."""
@@ -275,6 +313,11 @@ class Keyring:
         if files not in self._known:
             self._known[files] = Certificates(path, key=key, chain=chain, option=option)
         return self._known[files]
+
+    def refresh(self) -> None:
+        """As `Certificates.refresh`, for all of them."""
+        for certificates in self._known.values():
+            certificates.refresh()
 
 
 def tls_facts(transport: object) -> tuple[str | None, str | None]:
@@ -327,58 +370,6 @@ def self_made(folder: str, hostname: str) -> str:
         ) from None
     log.info("Made a self-signed certificate for {name} in {path}", name=hostname, path=path)
     return path
-
-
-def _make(hostname: str, now: datetime) -> bytes:
-    key = ec.generate_private_key(ec.SECP256R1())
-    names: list[x509.GeneralName] = [
-        x509.DNSName("localhost"),
-        x509.IPAddress(ipaddress.ip_address("127.0.0.1")),
-        x509.IPAddress(ipaddress.ip_address("::1")),
-    ]
-    own = _general_name(hostname)
-    if own is not None and own not in names:
-        names.insert(0, own)
-    common = hostname if own is not None and len(hostname) <= 64 else "localhost"
-    subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common)])
-    public = key.public_key()
-    identifier = x509.SubjectKeyIdentifier.from_public_key(public)
-    # Digital signature, and nothing else.
-    usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-    certificate = (
-        x509.CertificateBuilder(subject_name=subject, issuer_name=subject, public_key=public)
-        .serial_number(x509.random_serial_number())
-        # A client's clock may be behind ours.
-        .not_valid_before(now - timedelta(days=1))
-        .not_valid_after(now + timedelta(days=SELF_MADE_DAYS - 1))
-        .add_extension(x509.SubjectAlternativeName(names), critical=False)
-        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
-        .add_extension(usage, critical=True)
-        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-        .add_extension(identifier, critical=False)
-        .add_extension(
-            x509.AuthorityKeyIdentifier.from_issuer_subject_key_identifier(identifier),
-            critical=False,
-        )
-        .sign(key, hashes.SHA256())
-    )
-    private = key.private_bytes(
-        serialization.Encoding.PEM,
-        serialization.PrivateFormat.PKCS8,
-        serialization.NoEncryption(),
-    )
-    return private + certificate.public_bytes(serialization.Encoding.PEM)
-
-
-def _general_name(hostname: str) -> x509.GeneralName | None:
-    try:
-        return x509.IPAddress(ipaddress.ip_address(hostname))
-    except ValueError:
-        pass
-    try:
-        return x509.DNSName(hostname.encode("idna").decode("ascii")) if hostname else None
-    except UnicodeError:
-        return None
 
 
 def _public_octets(owner: PrivateKey | x509.Certificate) -> bytes:

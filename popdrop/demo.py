@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import os
+import secrets
+import shutil
+import tempfile
 from base64 import b64encode
+from dataclasses import dataclass
 from email.utils import formatdate
 from time import asctime, gmtime
 from typing import Final
+
+from popdrop.accounts.database import AccountsDatabase
+from popdrop.values import Secret
 
 USER: Final = "demo"
 
@@ -70,3 +77,47 @@ def write_spool(path: str, now: float) -> int:
     with open(descriptor, "wb") as spool:
         spool.write(b"".join(parts))
     return len(_BODIES)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A throw-away state folder with a spool and an account; `secret` is the account's."""
+
+    folder: str
+    secret: str
+    count: int
+
+    @classmethod
+    def make(cls, now: float) -> Demo:
+        """Make one, its mails dated `now` (seconds since the epoch)."""
+        folder = tempfile.mkdtemp(prefix="popdrop-demo-")
+        spools = os.path.join(folder, "mail")
+        os.mkdir(spools, 0o700)
+        count = write_spool(os.path.join(spools, USER), now)
+        secret = secrets.token_hex(16)
+        path = os.path.join(folder, "accounts.db")
+        AccountsDatabase.create(path)
+        database = AccountsDatabase(path)
+        words = Secret(secret.encode("ascii"))
+        database.add(USER.encode("ascii"), words, words)
+        database.close()
+        return cls(folder, secret, count)
+
+    @property
+    def store(self) -> str:
+        """What `--store` would be given."""
+        return "mbox:" + os.path.join(self.folder, "mail").replace(":", "\\:") + "/{user}"
+
+    def words(self, port: int, tls_port: int, certificate: str) -> str:
+        """Two commands to paste."""
+        login = f"--login-options 'AUTH=+APOP' --user {USER}:{self.secret}"
+        return (
+            f"\nPopdrop serves {self.count} mails of {USER}, until you press Ctrl-C."
+            " Try in another terminal:\n\n"
+            f"  curl {login} pop3://127.0.0.1:{port}/1\n"
+            f"  curl --cacert {certificate} {login} pop3s://127.0.0.1:{tls_port}/\n\n"
+        )
+
+    def remove(self) -> None:
+        """Leave nothing."""
+        shutil.rmtree(self.folder, ignore_errors=True)

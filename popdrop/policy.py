@@ -66,6 +66,17 @@ class Mind:
     verified: Callable[[bytes], None] = field(default=lambda name: None)
 
 
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Seconds. `login`: from connect to verified credentials. `idle`: RFC 1939 wants 600 at least.
+    `write`: without any progress of a client that has answers to read.
+    """
+
+    login: float = 60.0
+    idle: float = 600.0
+    write: float = 300.0
+
+
 def network(option: str, text: str) -> Network:
     """One network in CIDR form, given for `option`. Raises `ConfigError`."""
     try:

@@ -1,15 +1,18 @@
-"""`POP3Protocol`, `POP3Factory`: the shell that moves octets and performs the session's effects.
+"""`POP3Protocol`: the shell that moves octets and performs the session's effects.
 
 The session says what is to be done; here is when, and with whom. One coroutine per effect, not per
 command: commands that need no store never meet a Deferred. Replies to all that one read held leave
 in one write. A client that does not read its answers is not read from.
+
+Over 400 lines since input, output, effects and time of one connection share one state.
 """
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Coroutine, Iterator
-from dataclasses import dataclass, replace
+import typing
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from typing import Any, Final, cast
 
 from OpenSSL.SSL import Error as TLSError
@@ -21,7 +24,7 @@ from twisted.internet.interfaces import (
     IPushProducer,
     IReactorTime,
 )
-from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.protocol import Protocol, connectionDone
 from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.mail.interfaces import IMailboxPOP3
@@ -34,10 +37,9 @@ from popdrop.credentials import FAILED, ApopCredentials, Cleartext
 from popdrop.errors import BadCredentials, PopdropError, TemporaryFailure
 from popdrop.interfaces import IMaildrop, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
-from popdrop.policy import Mind, Policy
+from popdrop.policy import Mind, Policy, Timing
 from popdrop.session import (
     Commit,
-    Effect,
     Fetch,
     Hangup,
     Identify,
@@ -58,21 +60,8 @@ WRITE_SIZE: Final = 65_536
 """Octets of replies gathered before they are written in the middle of a read."""
 CLOSE_GRACE: Final = 30.0
 """Seconds for a farewell and TLS's own to get through before the connection is aborted."""
-STOP_STEP: Final = 0.05
-"""Seconds between two looks at the connections that are left when the server stops."""
 TLS_RECORD: Final = b"\x16\x03"
 """How a TLS handshake begins: on a plain port it is a client with a wrong setting."""
-
-
-@dataclass(frozen=True, slots=True)
-class Timing:
-    """Seconds. `login`: from connect to verified credentials. `idle`: RFC 1939 wants 600 at least.
-    `write`: without any progress of a client that has answers to read.
-    """
-
-    login: float = 60.0
-    idle: float = 600.0
-    write: float = 300.0
 
 
 def internal_error(what: str) -> TemporaryFailure:
@@ -82,11 +71,37 @@ def internal_error(what: str) -> TemporaryFailure:
     return TemporaryFailure(f"internal error, see log {number}")
 
 
+class Home(typing.Protocol):
+    """What a connection needs of its factory (`factory.POP3Factory` says what each is)."""
+
+    portal: Portal
+    policy: Policy
+    throttle: IThrottle
+    session_log: ISessionLog
+    clock: IReactorTime
+    timing: Timing
+    tls: object | None
+    implicit_tls: bool
+    trusted_address: bool
+    listener: str
+    proof_key: bytes
+    takeover: float
+    holders: dict[bytes, POP3Protocol]
+    protocols: set[POP3Protocol]
+    stopping: bool
+
+    def challenge(self) -> bytes:
+        """A fresh APOP challenge, `b""` where APOP is off."""
+
+    def forget(self, protocol: POP3Protocol) -> None:
+        """A connection is gone."""
+
+
 @implementer(IHalfCloseableProtocol, IPushProducer)
 class POP3Protocol(Protocol):
     """One connection."""
 
-    factory: POP3Factory
+    factory: Home
     transport: Any  # TCP, TLS over it, a Unix socket, standard input
 
     def __init__(self) -> None:
@@ -109,6 +124,7 @@ class POP3Protocol(Protocol):
         self._verified = False
         self._reason = "disconnected"
         self._account = b""
+        self._mechanism: str | None = None
         self._facts = PeerFacts()
 
     # Connection
@@ -553,6 +569,7 @@ class POP3Protocol(Protocol):
         if outcome == "good":
             self._drop = drop
             self.factory.holders[self._account] = self
+            self._mechanism = mechanism
             reply = self._session.opened(drop.listing)
             self._record("login", "ok", mechanism)
             self.transport.write(reply)
@@ -606,81 +623,10 @@ class POP3Protocol(Protocol):
                 event=event,
                 peer=self._facts,
                 user=self._session.user,
-                mechanism=mechanism,
+                mechanism=mechanism or self._mechanism,
                 reason=reason,
                 duration=self.factory.clock.seconds() - self._born,
                 tally=self._session.tally,
                 listener=self.factory.listener,
             )
         )
-
-
-class POP3Factory(ServerFactory):
-    """All connections of one listener.
-
-    `tls` is the context factory of STLS, `None` without it. `proof_key` is a random key of this
-    process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
-    yields to a new one of its account. `holders` are the logged-in sessions by account, over all
-    listeners of a service.
-    """
-
-    protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
-    noisy = False
-
-    def __init__(
-        self,
-        portal: Portal,
-        policy: Policy,
-        throttle: IThrottle,
-        session_log: ISessionLog,
-        clock: IReactorTime,
-        *,
-        timing: Timing | None = None,
-        tls: object | None = None,
-        implicit_tls: bool = False,
-        trusted_address: bool = True,
-        listener: str = "",
-        proof_key: bytes = b"",
-        takeover: float = 0.0,
-        holders: dict[bytes, POP3Protocol] | None = None,
-    ) -> None:
-        self.portal = portal
-        self.policy = policy
-        self.throttle = throttle
-        self.session_log = session_log
-        self.clock = clock
-        self.timing = timing or Timing()
-        self.tls = tls
-        self.implicit_tls = implicit_tls
-        self.trusted_address = trusted_address
-        self.listener = listener
-        self.proof_key = proof_key or secrets.token_bytes(32)
-        self.takeover = takeover
-        self.holders: dict[bytes, POP3Protocol] = {} if holders is None else holders
-        self.protocols: set[POP3Protocol] = set()
-        self.stopping = False
-
-    def challenge(self) -> bytes:
-        """A msg-id of 128 random bits (RFC 1939 section 7), `b""` where no checker does APOP."""
-        if not self.policy.apop:
-            return b""
-        stamp = f"<{secrets.token_hex(16)}.{int(self.clock.seconds())}@{self.policy.hostname}>"
-        return stamp.encode("ascii", "replace")
-
-    def forget(self, protocol: POP3Protocol) -> None:
-        """A connection is gone."""
-        self.protocols.discard(protocol)
-
-    async def stop(self, grace: float) -> None:
-        """Let effects in progress end for `grace` seconds; a commit always ends."""
-        self.stopping = True
-        end = self.clock.seconds() + grace
-        while self.protocols:
-            for protocol in set(self.protocols):
-                protocol.shut_down()
-                if self.clock.seconds() >= end and not protocol.committing:
-                    protocol.abort()
-            await deferLater(self.clock, STOP_STEP)
-
-
-__all__ = ["Effect", "POP3Factory", "POP3Protocol", "Timing"]

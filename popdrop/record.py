@@ -218,6 +218,7 @@ class Several:
             each.event(record)
 
     def reopen(self) -> None:
+        """As `SessionLog.reopen`, for each."""
         for each in self._logs:
             each.reopen()
 

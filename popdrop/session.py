@@ -500,70 +500,68 @@ class Session:
         return b"+OK %d\r\n" % self._last
 
 
-def _table() -> dict[bytes, Command]:
-    before, inside = (State.AUTHORIZATION,), (State.TRANSACTION,)
-    both = before + inside
-    s = Session
-    rows = [
-        Command("USER", s._do_user, 1, 1, before, "USER name", "Name the account.", "RFC 1939",
-            capability=s._capa_user),
-        Command(
-            "PASS", s._do_pass, 1, 1, before, "PASS password",
-            "Log in; blanks belong to the password.", "RFC 1939", rest=True,
-        ),
-        Command(
-            "APOP", s._do_apop, 2, 2, before, "APOP name digest",
-            "Log in by the MD5 of challenge and secret.", "RFC 1939",
-        ),
-        Command(
-            "AUTH", s._do_auth, 0, 2, before, "AUTH [mechanism [initial-response]]",
-            "Log in by SASL; alone it lists the mechanisms.", "RFC 5034", capability=s._capa_sasl,
-        ),
-        Command(
-            "STLS", s._do_stls, 0, 0, before, "STLS", "Begin TLS.", "RFC 2595", before_tls=True,
-            capability=s._capa_stls
-        ),
-        Command(
-            "UTF8", s._do_utf8, 0, 0, before, "UTF8", "Ask for UTF-8 in mail and names.",
-            "RFC 6856", before_tls=True, capability=lambda _: "UTF8",
-        ),
-        Command(
-            "LANG", s._do_lang, 0, 1, both, "LANG [tag]", "List or set the language of replies.",
-            "RFC 6856", before_tls=True, capability=lambda _: "LANG",
-        ),
-        Command(
-            "CAPA", s._do_capa, 0, 0, both, "CAPA", "List the capabilities.", "RFC 2449",
-            before_tls=True,
-        ),
-        Command(
-            "QUIT", s._do_quit, 0, 0, both, "QUIT",
-            "Remove the messages marked as deleted and close.", "RFC 1939", before_tls=True,
-        ),
-        Command("STAT", s._do_stat, 0, 0, inside, "STAT", "Count and octets.", "RFC 1939"),
-        Command(
-            "LIST", s._do_list, 0, 1, inside, "LIST [message]", "Scan listings: octets as sent.",
-            "RFC 1939",
-        ),
-        Command("UIDL", s._do_uidl, 0, 1, inside, "UIDL [message]", "Unique-ids.", "RFC 1939",
-            capability=lambda _: "UIDL"),
-        Command("RETR", s._do_retr, 1, 1, inside, "RETR message", "Send a message.", "RFC 1939"),
-        Command(
-            "TOP", s._do_top, 2, 2, inside, "TOP message lines",
-            "Send the header and so many lines of the body.", "RFC 1939",
-            capability=lambda _: "TOP",
-        ),
-        Command(
-            "DELE", s._do_dele, 1, 1, inside, "DELE message", "Mark as deleted.", "RFC 1939"
-        ),
-        Command("RSET", s._do_rset, 0, 0, inside, "RSET", "Unmark all.", "RFC 1939"),
-        Command("NOOP", s._do_noop, 0, 0, inside, "NOOP", "Do nothing.", "RFC 1939"),
-        Command(
-            "LAST", s._do_last, 0, 0, inside, "LAST",
-            "The highest message-number retrieved, 0 after RSET.", "RFC 1460",
-        ),
-    ]  # fmt: skip
-    return {row.keyword.encode("ascii"): row for row in rows}
+_before, _inside = (State.AUTHORIZATION,), (State.TRANSACTION,)
+_both = _before + _inside
+_s = Session
+_ROWS: Final = (
+    Command("USER", _s._do_user, 1, 1, _before, "USER name", "Name the account.", "RFC 1939",
+        capability=_s._capa_user),
+    Command(
+        "PASS", _s._do_pass, 1, 1, _before, "PASS password",
+        "Log in; blanks belong to the password.", "RFC 1939", rest=True,
+    ),
+    Command(
+        "APOP", _s._do_apop, 2, 2, _before, "APOP name digest",
+        "Log in by the MD5 of challenge and secret.", "RFC 1939",
+    ),
+    Command(
+        "AUTH", _s._do_auth, 0, 2, _before, "AUTH [mechanism [initial-response]]",
+        "Log in by SASL; alone it lists the mechanisms.", "RFC 5034", capability=_s._capa_sasl,
+    ),
+    Command(
+        "STLS", _s._do_stls, 0, 0, _before, "STLS", "Begin TLS.", "RFC 2595", before_tls=True,
+        capability=_s._capa_stls
+    ),
+    Command(
+        "UTF8", _s._do_utf8, 0, 0, _before, "UTF8", "Ask for UTF-8 in mail and names.",
+        "RFC 6856", before_tls=True, capability=lambda _: "UTF8",
+    ),
+    Command(
+        "LANG", _s._do_lang, 0, 1, _both, "LANG [tag]", "List or set the language of replies.",
+        "RFC 6856", before_tls=True, capability=lambda _: "LANG",
+    ),
+    Command(
+        "CAPA", _s._do_capa, 0, 0, _both, "CAPA", "List the capabilities.", "RFC 2449",
+        before_tls=True,
+    ),
+    Command(
+        "QUIT", _s._do_quit, 0, 0, _both, "QUIT",
+        "Remove the messages marked as deleted and close.", "RFC 1939", before_tls=True,
+    ),
+    Command("STAT", _s._do_stat, 0, 0, _inside, "STAT", "Count and octets.", "RFC 1939"),
+    Command(
+        "LIST", _s._do_list, 0, 1, _inside, "LIST [message]", "Scan listings: octets as sent.",
+        "RFC 1939",
+    ),
+    Command("UIDL", _s._do_uidl, 0, 1, _inside, "UIDL [message]", "Unique-ids.", "RFC 1939",
+        capability=lambda _: "UIDL"),
+    Command("RETR", _s._do_retr, 1, 1, _inside, "RETR message", "Send a message.", "RFC 1939"),
+    Command(
+        "TOP", _s._do_top, 2, 2, _inside, "TOP message lines",
+        "Send the header and so many lines of the body.", "RFC 1939",
+        capability=lambda _: "TOP",
+    ),
+    Command(
+        "DELE", _s._do_dele, 1, 1, _inside, "DELE message", "Mark as deleted.", "RFC 1939"
+    ),
+    Command("RSET", _s._do_rset, 0, 0, _inside, "RSET", "Unmark all.", "RFC 1939"),
+    Command("NOOP", _s._do_noop, 0, 0, _inside, "NOOP", "Do nothing.", "RFC 1939"),
+    Command(
+        "LAST", _s._do_last, 0, 0, _inside, "LAST",
+        "The highest message-number retrieved, 0 after RSET.", "RFC 1460",
+    ),
+)  # fmt: skip
 
 
-COMMANDS: Final = _table()
+COMMANDS: Final = {row.keyword.encode("ascii"): row for row in _ROWS}
 """Every command, by its keyword in upper case. CAPA's and the reference page's only source."""

@@ -1,18 +1,15 @@
 """`twistd popdrop`: options, and the service they describe. Where everything is put together.
 
-The only module that knows concrete classes of all kinds.
+The only module that knows concrete classes of all kinds. Over 400 lines since they meet nowhere
+else.
 """
 
 from __future__ import annotations
 
 import os
-import re
-import secrets
-import shutil
 import signal
 import socket
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -25,26 +22,30 @@ from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.portal import Portal
 from twisted.cred.strcred import InvalidAuthArgumentString, InvalidAuthType, makeChecker
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IListeningPort
+from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.plugin import getPlugins
-from twisted.python import usage
+from twisted.python.failure import Failure
 
 import popdrop
-from popdrop import certs, demo, listeners, record, throttle
+from popdrop import certs, listeners, record, throttle
 from popdrop.accounts.checkers import AccountsChecker, Chain
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
+from popdrop.demo import Demo
 from popdrop.errors import ConfigError
+from popdrop.factory import POP3Factory
 from popdrop.interfaces import IAccounts, IBlockingStore, IStore, IStoreFactory
-from popdrop.inthreads import LOCK_TIMEOUT, InThreads
+from popdrop.inthreads import InThreads
+from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
-from popdrop.policy import APOP_USERS, CLEARTEXT, LOOPBACK, STLS, Policy, network
-from popdrop.protocol import POP3Factory, POP3Protocol, Timing
+from popdrop.policy import LOOPBACK, Policy, Timing, network
+from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
 from popdrop.spec import parse
 from popdrop.threads import Pool
-from popdrop.values import Account, Secret
+from popdrop.values import Account
 
 log = Logger()
 
@@ -52,13 +53,12 @@ STORE_THREADS: Final = 16
 """Maildrops opened, read from disk or rewritten at once; more wait their turn."""
 LOOKUP_THREADS: Final = 4
 """Account look-ups at once, apart from the store's, so that a slow disk stops no login."""
+CERTIFICATE_SECONDS: Final = 60.0
+"""Seconds between two looks at the certificates' files."""
 LOOK_EVERY: Final = 1.0
 """Seconds until the modes of the accounts database are looked at again: 17 us a look."""
 HASH_THREADS: Final = 2
 """Argon2 hashes in flight: 19 MiB and a core each."""
-SHORTEST_IDLE: Final = 600
-"""Seconds, RFC 1939 section 3."""
-DEFAULT_STORE: Final = "mbox:/var/mail/{user}"
 LOOPBACK_LISTENERS: Final = (
     "tcp:{plain}:interface=127.0.0.1",
     "tcp6:{plain}:interface=\\:\\:1",
@@ -66,7 +66,6 @@ LOOPBACK_LISTENERS: Final = (
     "tls:{pem}:{tls}:interface=\\:\\:1",
 )
 """Both families, ports an ordinary user may have, nobody from outside."""
-_HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?").fullmatch
 
 
 class StartError(SystemExit, Exception):
@@ -82,139 +81,6 @@ class StartError(SystemExit, Exception):
         sys.stderr = sys.__stderr__
 
 
-def _word(option: str, words: tuple[str, ...]) -> Callable[[str], str]:
-    def known(text: str) -> str:
-        if text not in words:
-            raise ValueError(f"--{option} takes one of {', '.join(words)}")
-        return text
-
-    return known
-
-
-def _seconds(option: str) -> Callable[[str], float]:
-    def known(text: str) -> float:
-        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text):
-            raise ValueError(f"--{option} takes a number of seconds, as 30")
-        return float(text)
-
-    return known
-
-
-def _number(option: str) -> Callable[[str], int]:
-    def known(text: str) -> int:
-        if not re.fullmatch(r"[0-9]{1,9}", text):
-            raise ValueError(f"--{option} takes a number, as 11")
-        return int(text)
-
-    return known
-
-
-class Options(usage.Options):
-    """The command line of `twistd popdrop`."""
-
-    synopsis = "[options]"
-    longdesc = (
-        "A POP3 server for mail spools. Without options it serves /var/mail on loopback, port 1110"
-        " with STLS and port 1995 with TLS, with accounts and a self-made certificate in the state"
-        " folder. Try --demo. Accounts are made with `popdrop user add`."
-    )
-    optFlags = [
-        ["demo", None, "Serve a throw-away maildrop and print two commands that read it."],
-        ["allow-short-idle", None, "Allow an --idle-timeout below the 600 s of RFC 1939."],
-        ["apop-only", None, "No login but by APOP: neither USER/PASS nor AUTH."],
-    ]
-    optParameters: list[list[Any]] = [
-        ["store", None, DEFAULT_STORE, "Where maildrops are, KIND:ARGUMENTS."],
-        ["state-dir", None, None, "Folder for accounts, locks and the self-made certificate."],
-        ["starttls", None, None, "Certificate of STLS: a PEM file or a folder. [self-made]"],
-        ["stls", None, "offer", f"STLS: {', '.join(STLS)}.", _word("stls", STLS)],
-        [
-            "cleartext",
-            None,
-            "tls",
-            f"Passwords without TLS: {', '.join(CLEARTEXT)}; as qpopper's clear-text-password.",
-            _word("cleartext", CLEARTEXT),
-        ],
-        [
-            "apop-users",
-            None,
-            "refuse",
-            "May accounts with an APOP secret log in by password too: refuse, allow.",
-            _word("apop-users", APOP_USERS),
-        ],
-        ["min-uid", None, 11, "System accounts below are refused.", _number("min-uid")],
-        ["throttle", None, "memory", "off, or memory[:KEY=NUMBER...]: attempts and connections."],
-        [
-            "lock-timeout",
-            None,
-            LOCK_TIMEOUT,
-            "Seconds to wait for a mail program's lock.",
-            _seconds("lock-timeout"),
-        ],
-        ["idle-timeout", None, 600.0, "Seconds, after login.", _seconds("idle-timeout")],
-        ["login-timeout", None, 60.0, "Seconds from connect to login.", _seconds("login-timeout")],
-        [
-            "takeover",
-            None,
-            0.0,
-            "Seconds of idleness after which a session yields to a new one of its user; 0: never.",
-            _seconds("takeover"),
-        ],
-        ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
-        ["hostname", None, None, "This server's name. [the machine's]"],
-    ]
-    _several = ("listen", "auth", "session-log", "local-net")
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        for name in self._several:
-            self[name] = []
-
-    def opt_listen(self, text: str) -> None:
-        """Listen here, a strports string: tcp:110, tls:PEM:995, tcp6:110, ... Repeatable."""
-        self["listen"].append(text)
-
-    def opt_auth(self, text: str) -> None:
-        """Verify logins so: accounts:FILE, or a checker of Twisted's. Repeatable, in order."""
-        self["auth"].append(text)
-
-    def opt_session_log(self, text: str) -> None:
-        """Log sessions as plain, json, qpopper or sqmail[:SINK]. Repeatable. [plain]"""
-        self["session-log"].append(text)
-
-    def opt_local_net(self, text: str) -> None:
-        """A network that counts as local beside loopback, for --cleartext. Repeatable."""
-        self["local-net"].append(text)
-
-    def opt_version(self) -> None:
-        """Print Popdrop's version."""
-        sys.stdout.write(f"Popdrop {popdrop.__version__}\n")
-        raise SystemExit(0)
-
-    def parseOptions(self, options: Any = None) -> None:
-        """Twisted prints all of --help before an error; here the error stands alone."""
-        try:
-            super().parseOptions(options)  # type: ignore[no-untyped-call]
-        except usage.UsageError as error:
-            words = " ".join(str(error).split()).removeprefix("Parameter type enforcement failed: ")
-            raise SystemExit(f"popdrop: {words}; see twistd popdrop --help") from None
-
-    def parseArgs(self, *arguments: str) -> None:
-        """There are none."""
-        if arguments:
-            raise usage.UsageError(f"{arguments[0]}: only options are taken")
-
-    def postOptions(self) -> None:
-        """What can be told before anything is opened."""
-        if self["idle-timeout"] < SHORTEST_IDLE and not self["allow-short-idle"]:
-            raise usage.UsageError(
-                f"--idle-timeout {self['idle-timeout']:g}: RFC 1939 wants {SHORTEST_IDLE} s at"
-                " least; add --allow-short-idle to have it all the same"
-            )
-        if self["hostname"] is not None and not _HOSTNAME(self["hostname"]):
-            raise usage.UsageError(f"--hostname {self['hostname']}: not a host name")
-
-
 def makeService(options: Options) -> Popdrop:
     """The service that `options` describe. A wrong option ends the program with one line."""
     from twisted.internet import reactor
@@ -225,21 +91,29 @@ def makeService(options: Options) -> Popdrop:
         raise SystemExit(f"popdrop: {error}") from None
 
 
-def _is_loopback(listen: str) -> bool:
-    interface = parse("--listen", listen).kwargs.get("interface", "")
+def _is_local(listener: listeners.Listener) -> bool:
+    """Whether only this machine can reach it."""
+    if listener.scheme in ("unix", "stdio"):
+        return True
+    interface = parse("--listen", listener.text).kwargs.get("interface", "")
     try:
         return ip_address(interface).is_loopback
     except ValueError:
         return False
 
 
-def _machine_name() -> str:
-    name = socket.gethostname()
-    return name if _HOSTNAME(name) else "localhost"
+def _is_free(port: int) -> bool:
+    try:
+        socket.create_server(("127.0.0.1", port)).close()
+    except OSError:
+        return False
+    return True
 
 
-def _private_folder(option: str, path: str) -> str:
+def _private_folder(option: str, path: str) -> tuple[str, bool]:
+    """The folder, made if it is not there, and whether it was."""
     path = os.path.abspath(path)
+    made = not os.path.exists(path)
     try:
         os.makedirs(path, mode=0o700, exist_ok=True)
         if not os.access(path, os.W_OK | os.X_OK):
@@ -248,7 +122,7 @@ def _private_folder(option: str, path: str) -> str:
         raise ConfigError(
             f"{option} {path}: {error.strerror}; name a folder that this user may write to"
         ) from None
-    return path
+    return path, made
 
 
 class Popdrop(Service):
@@ -263,11 +137,12 @@ class Popdrop(Service):
         self._factories: list[POP3Factory] = []
         self._pools: list[Pool] = []
         self._listeners: list[listeners.Listener] = []
-        self._demo_dir: str | None = None
+        self._demo: Demo | None = None
         self._keyring = certs.Keyring()
         self._databases: list[AccountsDatabase] = []
         self._tidy: Callable[[], None] | None = None
-        self.hostname = options["hostname"] or _machine_name()
+        self._looking: LoopingCall | None = None
+        self.hostname = options["hostname"] or machine_name()
         try:
             self._assemble()
         except BaseException:
@@ -281,7 +156,9 @@ class Popdrop(Service):
         if options["demo"]:
             self._make_demo()
         default = default_state_dir(os.environ, os.geteuid())
-        self.state_dir = _private_folder("--state-dir", options["state-dir"] or default)
+        self.state_dir, self._made_state_dir = _private_folder(
+            "--state-dir", options["state-dir"] or default
+        )
         self._store_pool = self._pool("popdrop-store", STORE_THREADS)
         self._lookup_pool = self._pool("popdrop-lookup", LOOKUP_THREADS)
         self._hash_pool = self._pool("popdrop-hash", HASH_THREADS)
@@ -411,7 +288,10 @@ class Popdrop(Service):
         self._default_listeners = not texts
         if not texts:
             quoted = self._self_made().replace("\\", "\\\\").replace(":", "\\:")
-            texts = [text.format(plain=1110, tls=1995, pem=quoted) for text in LOOPBACK_LISTENERS]
+            plain, tls = 1110, 1995
+            if self._demo is not None and not (_is_free(plain) and _is_free(tls)):
+                plain = tls = 0
+            texts = [text.format(plain=plain, tls=tls, pem=quoted) for text in LOOPBACK_LISTENERS]
         return [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
 
     def _store(self) -> IStore:
@@ -438,7 +318,7 @@ class Popdrop(Service):
         parent: Any = self._options.parent or {}
         if os.geteuid() != 0 or self._options["demo"] or parent.get("uid") is not None:
             return
-        if all(_is_loopback(each.text) for each in self._listeners):
+        if all(map(_is_local, self._listeners)):
             log.warn(
                 "running as root, so on loopback only; better: twistd --uid popdrop --gid mail"
             )
@@ -455,42 +335,25 @@ class Popdrop(Service):
         for name in ("auth", "listen"):
             if options[name]:
                 raise ConfigError(f"--demo makes its own; leave --{name} out")
-        self._demo_dir = tempfile.mkdtemp(prefix="popdrop-demo-")
-        options["state-dir"] = self._demo_dir
-        spools = os.path.join(self._demo_dir, "mail")
-        os.mkdir(spools, 0o700)
-        self._demo_count = demo.write_spool(os.path.join(spools, demo.USER), time.time())
-        options["store"] = "mbox:" + spools.replace(":", "\\:") + "/{user}"
-        self._demo_secret = secrets.token_hex(16)
-        path = os.path.join(self._demo_dir, "accounts.db")
-        AccountsDatabase.create(path)
-        database = AccountsDatabase(path)
-        words = Secret(self._demo_secret.encode("ascii"))
-        database.add(demo.USER.encode("ascii"), words, words)
-        database.close()
+        self._demo = Demo.make(time.time())
+        options["state-dir"] = self._demo.folder
+        options["store"] = self._demo.store
 
     def _forget_demo(self) -> None:
-        if self._demo_dir is not None:
-            shutil.rmtree(self._demo_dir, ignore_errors=True)
-            self._demo_dir = None
+        if self._demo is not None:
+            self._demo.remove()
+            self._demo = None
 
-    def _tell_demo(self) -> None:
+    def _tell_demo(self, made: Demo) -> None:
         def port(implicit: bool) -> int:
-            for listener, bound in zip(self._listeners, self._ports, strict=False):
+            for listener, bound in zip(self._listeners, self._ports, strict=True):
                 if listener.implicit_tls is implicit:
                     return int(bound.getHost().port)  # type: ignore[attr-defined]
             return 0
 
-        login = f"--login-options 'AUTH=+APOP' --user {demo.USER}:{self._demo_secret}"
-        text = (
-            f"\nPopdrop serves {self._demo_count} mails of {demo.USER}, until you press Ctrl-C."
-            " Try in another terminal:\n\n"
-            f"  curl {login} pop3://127.0.0.1:{port(False)}/1\n"
-            f"  curl --cacert {self._self_made()} {login} pop3s://127.0.0.1:{port(True)}/\n\n"
-        )
         out = sys.__stdout__
         if out is not None:
-            out.write(text)
+            out.write(made.words(port(False), port(True), self._self_made()))
             out.flush()
 
     # Running
@@ -523,7 +386,7 @@ class Popdrop(Service):
             if not outcome:
                 raise StartError(f"popdrop: --listen {listener.text}: did not listen at once")
             port = outcome[0]
-            if IListeningPort.providedBy(port):
+            if not isinstance(port, Failure):
                 self._listeners.append(listener)
                 self._ports.append(port)
                 continue
@@ -531,23 +394,33 @@ class Popdrop(Service):
                 continue  # a machine without IPv6
             self._let_go_of_ports()
             self._forget_demo()
+            # A daemon's caller sees the first hundred octets of it only.
+            log.error("{why}", why=str(port.value))
             raise StartError(f"popdrop: {port.value}")
 
     def _let_go_of_ports(self) -> None:
         for port in self._ports:
-            port.stopListening()
+            if IListeningPort.providedBy(port):
+                port.stopListening()
         self._ports = []
 
     def _hand_over(self) -> None:
-        """Give what root made in the state folder to the user that twistd will become."""
+        """Give what root has just made to the user that twistd will become, and nothing else."""
         parent: Any = self._options.parent or {}
         uid, gid = parent.get("uid"), parent.get("gid")
         if os.geteuid() != 0 or uid is None:
             return
-        for folder, _, files in os.walk(self.state_dir):
-            for path in [folder, *(os.path.join(folder, name) for name in files)]:
+        made = [self.state_dir] if self._made_state_dir else []
+        made.append(os.path.join(self.state_dir, certs.SELF_MADE))
+        for database in self._databases:
+            if os.path.dirname(database.path) == os.path.realpath(self.state_dir):
+                made += [database.path + ending for ending in ("", "-wal", "-shm", ".key")]
+        for path in made:
+            try:
                 if os.lstat(path).st_uid == 0:
                     os.chown(path, uid, -1 if gid is None else gid, follow_symlinks=False)
+            except FileNotFoundError:
+                continue
 
     def startService(self) -> None:
         """Serve."""
@@ -559,6 +432,9 @@ class Popdrop(Service):
             self._store_pool.run(self._tidy).addErrback(
                 lambda failure: log.failure("tidying up failed", failure=failure)
             )
+        self._looking = LoopingCall(self._look_at_certificates)
+        self._looking.clock = self._reactor
+        self._looking.start(CERTIFICATE_SECONDS, now=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, self._hung_up)
         self._tell()
@@ -567,21 +443,30 @@ class Popdrop(Service):
         self._reactor.callFromThread(self.reload)
 
     def reload(self) -> None:
-        """SIGHUP: log files are opened anew, for logrotate. No session is dropped."""
+        """SIGHUP: log files are opened anew, for logrotate, and certificates are looked at.
+
+        No session is dropped.
+        """
         log.info("opening the session logs anew")
         self._session_log.reopen()
+        self._look_at_certificates()
+
+    def _look_at_certificates(self) -> None:
+        self._lookup_pool.run(self._keyring.refresh).addErrback(
+            lambda failure: log.failure("looking at certificates failed", failure=failure)
+        )
 
     def _tell(self) -> None:
         for listener, port in zip(self._listeners, self._ports, strict=True):
-            host = port.getHost()
+            host = port.getHost() if IListeningPort.providedBy(port) else None
             where = getattr(host, "host", None)
             log.info(
                 "POP3 on {where}, {how}",
                 where=f"{where} port {host.port}" if where else listener.text,  # type: ignore[attr-defined]
                 how="TLS" if listener.implicit_tls else f"STLS {self._factories[0].policy.stls}",
             )
-        if self._demo_dir is not None:
-            self._tell_demo()
+        if self._demo is not None:
+            self._tell_demo(self._demo)
             return
         for database in self._databases:
             if not database.names():
@@ -591,8 +476,11 @@ class Popdrop(Service):
                 )
 
     async def _stop(self) -> None:
+        if self._looking is not None and self._looking.running:
+            self._looking.stop()
         for port in self._ports:
-            await (port.stopListening() or _nothing())
+            if IListeningPort.providedBy(port):
+                await (port.stopListening() or succeed(None))
         for factory in self._factories:
             await factory.stop(self._options["grace"])
         for pool in self._pools:
@@ -603,9 +491,3 @@ class Popdrop(Service):
         """Stop listening, let what is in progress end, then stop the threads."""
         super().stopService()  # type: ignore[no-untyped-call]
         return Deferred.fromCoroutine(self._stop())
-
-
-def _nothing() -> Deferred[None]:
-    done: Deferred[None] = Deferred()
-    done.callback(None)
-    return done

@@ -15,10 +15,11 @@ from twisted.internet.testing import StringTransport
 from zope.interface import implementer
 
 from popdrop.errors import BadCredentials, InUse, NoSuchUser, PopdropError
+from popdrop.factory import POP3Factory
 from popdrop.interfaces import IBlocks, IMaildrop, ISessionLog, IStore
 from popdrop.listing import Listing
-from popdrop.policy import Policy
-from popdrop.protocol import POP3Factory, POP3Protocol, Timing
+from popdrop.policy import Policy, Timing
+from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
 from popdrop.throttle import from_spec
 from popdrop.values import Account, Owner, SessionRecord, Verified

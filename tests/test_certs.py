@@ -302,6 +302,46 @@ class NameTests(FileCase):
         self.assertEqual(names_of(Certificates(self.folder), "unknown"), {"b.example"})
 
 
+class RefreshTests(FileCase):
+    """A renewed certificate is served without a restart (C-19: others served the expired one)."""
+
+    def test_renewed(self) -> None:
+        folder = os.path.join(self.folder, "live")
+        certbot(folder, "old.example.org")
+        keyring = Keyring()
+        certificates = keyring.get(folder)
+        self.assertEqual(names_of(certificates, "any"), {"old.example.org"})
+        keyring.refresh()
+        self.assertEqual(names_of(certificates, "any"), {"old.example.org"})
+        certbot(folder, "new.example.org")
+        keyring.refresh()
+        self.assertEqual(names_of(certificates, "any"), {"new.example.org"})
+
+    def test_another_name_in_a_folder(self) -> None:
+        certbot(os.path.join(self.folder, "live", "a.example.org"), "a.example.org")
+        certificates = Certificates(os.path.join(self.folder, "live"))
+        certbot(os.path.join(self.folder, "live", "b.example.org"), "b.example.org")
+        certificates.refresh()
+        self.assertEqual(names_of(certificates, "b.example.org"), {"b.example.org"})
+
+    def test_a_broken_pair_keeps_the_old_one(self) -> None:
+        """With one line in the log, however often it is looked at."""
+        folder = os.path.join(self.folder, "live")
+        certbot(folder, "old.example.org")
+        certificates = Certificates(folder)
+        lines: list[str] = []
+        self.patch(certs.log, "error", lambda text, **fields: lines.append(fields["error"]))
+        write(os.path.join(folder, "privkey.pem"), b"half a k")
+        for _ in range(3):
+            certificates.refresh()
+            self.assertEqual(names_of(certificates, "any"), {"old.example.org"})
+        self.assertEqual(len(lines), 1)
+        self.assertIn("privkey.pem", lines[0])
+        certbot(folder, "new.example.org")
+        certificates.refresh()
+        self.assertEqual(names_of(certificates, "any"), {"new.example.org"})
+
+
 class SelfMadeTests(FileCase):
     def certificate(self, path: str) -> x509.Certificate:
         with open(path, "rb") as file:

@@ -22,16 +22,16 @@ _TABLE = """
 10  cli.main
 9   cli.* testing
 8   tap
-7   workers demo
-6   protocol realm
+7   workers demo factory
+6   protocol realm options
 5   inthreads legacy throttle record listeners accounts.checkers accounts.helper ops.*
 4   certs session threads stores.mbox.drop stores.maildir
 4   accounts.importers accounts.system accounts.checkpassword
-3   sasl policy config accounts.database
-3   stores.mbox.scan stores.mbox.locks stores.mbox.journal stores.mbox.index
-2   credentials wire spec stores.uidl stores.template stores.mbox.spool
-2   accounts.sqlitefile accounts.schema
-1   interfaces accounts.secrets
+3   sasl policy selfmade config accounts.database
+3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
+2   credentials wire spec accounts.sqlitefile accounts.schema
+2   stores.template stores.mbox.scan stores.mbox.spool
+1   interfaces accounts.secrets stores.uidl stores.mbox.spans
 0   errors listing values places
 """
 """`a.*` stands for every module of `a` that has no rank of its own."""

@@ -531,6 +531,7 @@ class RecordTests(SynchronousTestCase):
         events = [(r.event, r.reason) for r in server.records.records]
         self.assertEqual(events, [("failure", "bad-credentials"), ("login", "ok"), ("end", "quit")])
         last = server.records.records[-1]
+        self.assertEqual(last.mechanism, "USER")
         self.assertEqual(
             (last.user, last.peer.address, last.peer.local_port), (b"bob", "127.0.0.1", 110)
         )

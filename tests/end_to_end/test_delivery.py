@@ -1,4 +1,7 @@
-"""Deliverers, kills and foreign locks around real sessions: no mail is lost or doubled."""
+"""Deliverers, kills and foreign locks around real sessions: no mail is lost or doubled.
+
+Over 400 lines since all of it is about one spool and who else writes to it.
+"""
 
 from __future__ import annotations
 

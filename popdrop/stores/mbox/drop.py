@@ -36,8 +36,8 @@ from popdrop.stores.mbox.scan import (
     UNQUOTES,
     NotAnMbox,
     Scanner,
-    Spans,
 )
+from popdrop.stores.mbox.spans import Spans
 from popdrop.stores.mbox.spool import (
     COPY_BLOCK,
     NO_RIGHT,

@@ -12,7 +12,7 @@ from collections import OrderedDict
 from typing import Final, NamedTuple
 
 from popdrop.listing import Listing
-from popdrop.stores.mbox.scan import Spans
+from popdrop.stores.mbox.spans import Spans
 from popdrop.stores.mbox.spool import Key
 
 MESSAGES: Final = 200_000

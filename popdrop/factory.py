@@ -1,0 +1,87 @@
+"""`POP3Factory`: all connections of one listener."""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Callable
+from typing import Final
+
+from twisted.cred.portal import Portal
+from twisted.internet.interfaces import IReactorTime
+from twisted.internet.protocol import ServerFactory
+from twisted.internet.task import deferLater
+
+from popdrop.interfaces import ISessionLog, IThrottle
+from popdrop.policy import Policy, Timing
+from popdrop.protocol import POP3Protocol
+
+STOP_STEP: Final = 0.05
+"""Seconds between two looks at the connections that are left when the server stops."""
+
+
+class POP3Factory(ServerFactory):
+    """All connections of one listener.
+
+    `tls` is the context factory of STLS, `None` without it. `proof_key` is a random key of this
+    process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
+    yields to a new one of its account. `holders` are the logged-in sessions by account, over all
+    listeners of a service.
+    """
+
+    protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
+    noisy = False
+
+    def __init__(
+        self,
+        portal: Portal,
+        policy: Policy,
+        throttle: IThrottle,
+        session_log: ISessionLog,
+        clock: IReactorTime,
+        *,
+        timing: Timing | None = None,
+        tls: object | None = None,
+        implicit_tls: bool = False,
+        trusted_address: bool = True,
+        listener: str = "",
+        proof_key: bytes = b"",
+        takeover: float = 0.0,
+        holders: dict[bytes, POP3Protocol] | None = None,
+    ) -> None:
+        self.portal = portal
+        self.policy = policy
+        self.throttle = throttle
+        self.session_log = session_log
+        self.clock = clock
+        self.timing = timing or Timing()
+        self.tls = tls
+        self.implicit_tls = implicit_tls
+        self.trusted_address = trusted_address
+        self.listener = listener
+        self.proof_key = proof_key or secrets.token_bytes(32)
+        self.takeover = takeover
+        self.holders: dict[bytes, POP3Protocol] = {} if holders is None else holders
+        self.protocols: set[POP3Protocol] = set()
+        self.stopping = False
+
+    def challenge(self) -> bytes:
+        """A msg-id of 128 random bits (RFC 1939 section 7), `b""` where no checker does APOP."""
+        if not self.policy.apop:
+            return b""
+        stamp = f"<{secrets.token_hex(16)}.{int(self.clock.seconds())}@{self.policy.hostname}>"
+        return stamp.encode("ascii", "replace")
+
+    def forget(self, protocol: POP3Protocol) -> None:
+        """A connection is gone."""
+        self.protocols.discard(protocol)
+
+    async def stop(self, grace: float) -> None:
+        """Let effects in progress end for `grace` seconds; a commit always ends."""
+        self.stopping = True
+        end = self.clock.seconds() + grace
+        while self.protocols:
+            for protocol in set(self.protocols):
+                protocol.shut_down()
+                if self.clock.seconds() >= end and not protocol.committing:
+                    protocol.abort()
+            await deferLater(self.clock, STOP_STEP)

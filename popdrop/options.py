@@ -1,0 +1,159 @@
+"""The command line of `twistd popdrop`."""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any, Final
+
+from twisted.python import usage
+
+import popdrop
+from popdrop.inthreads import LOCK_TIMEOUT
+from popdrop.policy import APOP_USERS, CLEARTEXT, STLS
+
+SHORTEST_IDLE: Final = 600
+"""Seconds, RFC 1939 section 3."""
+DEFAULT_STORE: Final = "mbox:/var/mail/{user}"
+_HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?").fullmatch
+
+
+def machine_name() -> str:
+    """The machine's own name, `localhost` if that is no host name."""
+    name = socket.gethostname()
+    return name if _HOSTNAME(name) else "localhost"
+
+
+def _word(option: str, words: tuple[str, ...]) -> Callable[[str], str]:
+    def known(text: str) -> str:
+        if text not in words:
+            raise ValueError(f"--{option} takes one of {', '.join(words)}")
+        return text
+
+    return known
+
+
+def _seconds(option: str) -> Callable[[str], float]:
+    def known(text: str) -> float:
+        if not re.fullmatch(r"[0-9]{1,6}(\.[0-9]{1,3})?", text):
+            raise ValueError(f"--{option} takes a number of seconds, as 30")
+        return float(text)
+
+    return known
+
+
+def _number(option: str) -> Callable[[str], int]:
+    def known(text: str) -> int:
+        if not re.fullmatch(r"[0-9]{1,9}", text):
+            raise ValueError(f"--{option} takes a number, as 11")
+        return int(text)
+
+    return known
+
+
+class Options(usage.Options):
+    """The command line of `twistd popdrop`."""
+
+    synopsis = "[options]"
+    longdesc = (
+        "A POP3 server for mail spools. Without options it serves /var/mail on loopback, port 1110"
+        " with STLS and port 1995 with TLS, with accounts and a self-made certificate in the state"
+        " folder. Try --demo. Accounts are made with `popdrop user add`."
+    )
+    optFlags = [
+        ["demo", None, "Serve a throw-away maildrop and print two commands that read it."],
+        ["allow-short-idle", None, "Allow an --idle-timeout below the 600 s of RFC 1939."],
+        ["apop-only", None, "No login but by APOP: neither USER/PASS nor AUTH."],
+    ]
+    optParameters: list[list[Any]] = [
+        ["store", None, DEFAULT_STORE, "Where maildrops are, KIND:ARGUMENTS."],
+        ["state-dir", None, None, "Folder for accounts, locks and the self-made certificate."],
+        ["starttls", None, None, "Certificate of STLS: a PEM file or a folder. [self-made]"],
+        ["stls", None, "offer", f"STLS: {', '.join(STLS)}.", _word("stls", STLS)],
+        [
+            "cleartext",
+            None,
+            "tls",
+            f"Passwords without TLS: {', '.join(CLEARTEXT)}; as qpopper's clear-text-password.",
+            _word("cleartext", CLEARTEXT),
+        ],
+        [
+            "apop-users",
+            None,
+            "refuse",
+            "May accounts with an APOP secret log in by password too: refuse, allow.",
+            _word("apop-users", APOP_USERS),
+        ],
+        ["min-uid", None, 11, "System accounts below are refused.", _number("min-uid")],
+        ["throttle", None, "memory", "off, or memory[:KEY=NUMBER...]: attempts and connections."],
+        [
+            "lock-timeout",
+            None,
+            LOCK_TIMEOUT,
+            "Seconds to wait for a mail program's lock.",
+            _seconds("lock-timeout"),
+        ],
+        ["idle-timeout", None, 600.0, "Seconds, after login.", _seconds("idle-timeout")],
+        ["login-timeout", None, 60.0, "Seconds from connect to login.", _seconds("login-timeout")],
+        [
+            "takeover",
+            None,
+            0.0,
+            "Seconds of idleness after which a session yields to a new one of its user; 0: never.",
+            _seconds("takeover"),
+        ],
+        ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
+        ["hostname", None, None, "This server's name. [the machine's]"],
+    ]
+    _several = ("listen", "auth", "session-log", "local-net")
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        for name in self._several:
+            self[name] = []
+
+    def opt_listen(self, text: str) -> None:
+        """Listen here, a strports string: tcp:110, tls:PEM:995, tcp6:110, ... Repeatable."""
+        self["listen"].append(text)
+
+    def opt_auth(self, text: str) -> None:
+        """Verify logins so: accounts:FILE, or a checker of Twisted's. Repeatable, in order."""
+        self["auth"].append(text)
+
+    def opt_session_log(self, text: str) -> None:
+        """Log sessions as plain, json, qpopper or sqmail[:SINK]. Repeatable. [plain]"""
+        self["session-log"].append(text)
+
+    def opt_local_net(self, text: str) -> None:
+        """A network that counts as local beside loopback, for --cleartext. Repeatable."""
+        self["local-net"].append(text)
+
+    def opt_version(self) -> None:
+        """Print Popdrop's version."""
+        sys.stdout.write(f"Popdrop {popdrop.__version__}\n")
+        raise SystemExit(0)
+
+    def parseOptions(self, options: Any = None) -> None:
+        """Twisted prints all of --help before an error; here the error stands alone."""
+        try:
+            super().parseOptions(options)  # type: ignore[no-untyped-call]
+        except usage.UsageError as error:
+            words = " ".join(str(error).split()).removeprefix("Parameter type enforcement failed: ")
+            raise SystemExit(f"popdrop: {words}; see twistd popdrop --help") from None
+
+    def parseArgs(self, *arguments: str) -> None:
+        """There are none."""
+        if arguments:
+            raise usage.UsageError(f"{arguments[0]}: only options are taken")
+
+    def postOptions(self) -> None:
+        """What can be told before anything is opened."""
+        if self["idle-timeout"] < SHORTEST_IDLE and not self["allow-short-idle"]:
+            raise usage.UsageError(
+                f"--idle-timeout {self['idle-timeout']:g}: RFC 1939 wants {SHORTEST_IDLE} s at"
+                " least; add --allow-short-idle to have it all the same"
+            )
+        if self["hostname"] is not None and not _HOSTNAME(self["hostname"]):
+            raise usage.UsageError(f"--hostname {self['hostname']}: not a host name")
