@@ -58,8 +58,13 @@ UNREAD_LIMIT: Final = 4096
 """Octets of unanswered input after which the client is not read from: Dovecot's number too."""
 WRITE_SIZE: Final = 65_536
 """Octets of replies gathered before they are written in the middle of a read."""
-CLOSE_GRACE: Final = 30.0
-"""Seconds for a farewell and TLS's own to get through before the connection is aborted."""
+CLOSE_GRACE: Final = 10.0
+"""Seconds for a farewell and TLS's own to get through before the connection is aborted.
+
+Some clients never answer the closing of TLS, and Twisted would wait for them.
+"""
+STOP_CLOSE_GRACE: Final = 1.0
+"""The same when the server stops."""
 TLS_RECORD: Final = b"\x16\x03"
 """How a TLS handshake begins: on a plain port it is a client with a wrong setting."""
 
@@ -217,7 +222,11 @@ class POP3Protocol(Protocol):
 
     def shut_down(self) -> None:
         """The server stops: say so and close, unless an effect is in progress."""
-        if self._effect is None and not self._closing:
+        if self._closing:
+            waited = self.factory.clock.seconds() - self._progress
+            if self._effect is None and not self._choked and waited >= STOP_CLOSE_GRACE:
+                self.transport.abortConnection()
+        elif self._effect is None:
             self._hang_up(b"-ERR [SYS/TEMP] server is shutting down\r\n", "shutdown")
 
     def abort(self) -> None:
@@ -382,6 +391,7 @@ class POP3Protocol(Protocol):
             case Fetch():
                 body = self._ready(result)
                 if body is not None:
+                    self._count_top(result, len(body))
                     return self._session.fetching(result) + body
                 self._begin(out, self._fetch(result))
             case Login():
@@ -398,6 +408,11 @@ class POP3Protocol(Protocol):
             case _:
                 self._rows = cast("Iterator[bytes]", result)
         return None
+
+    def _count_top(self, fetch: Fetch, octets: int) -> None:
+        # RETR's octets are known before; of a TOP only what has been sent tells.
+        if fetch.lines is not None:
+            self._session.tally.top_octets += octets
 
     def _flush_and_hang_up(self, hangup: Hangup, out: list[bytes]) -> None:
         if hangup.reason not in ("quit", "quit-before-login"):
@@ -461,12 +476,14 @@ class POP3Protocol(Protocol):
             except OSError:
                 self._failed(internal_error("reading a message"))
                 return
+            self._count_top(fetch, len(block))
             self.transport.write(self._session.fetching(fetch) + block)
             while True:
                 await self._room()
                 block = await blocks.read()
                 if not block:
                     return
+                self._count_top(fetch, len(block))
                 self.transport.write(block)
         except (PopdropError, OSError) as error:
             # Half a message is out: an end of it would be a lie.

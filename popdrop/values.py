@@ -157,7 +157,10 @@ class PeerFacts:
 
 @dataclass(slots=True)
 class Tally:
-    """What one session did: counts of messages, and octets as sent."""
+    """What one session did: counts of messages, and octets as sent.
+
+    `top_octets` are those on the wire, with dot-stuffing and final dot: a TOP announces none.
+    """
 
     retr: int = 0
     retr_octets: int = 0

@@ -474,6 +474,18 @@ class StopTests(SynchronousTestCase):
         self.successResultOf(stopped)
         self.assertEqual(len(server.store.messages), 2)
 
+    def test_a_client_that_does_not_close_is_not_waited_for(self) -> None:
+        """Some never answer the closing of TLS: the stop takes a second, not the whole grace."""
+        server = Server()
+        protocol, transport = server.logged_in()
+        protocol.dataReceived(b"QUIT\r\n")
+        stopped = Deferred.fromCoroutine(server.factory.stop(30))
+        server.clock.pump([0.1] * 15)
+        self.assertTrue(transport.disconnected)
+        lose(protocol)
+        server.clock.advance(1)
+        self.successResultOf(stopped)
+
     def test_a_commit_is_awaited_beyond_the_grace(self) -> None:
         server = Server()
         protocol, transport = server.logged_in()
@@ -536,6 +548,7 @@ class RecordTests(SynchronousTestCase):
             (last.user, last.peer.address, last.peer.local_port), (b"bob", "127.0.0.1", 110)
         )
         tally = last.tally
+        self.assertEqual(tally.top_octets, len(b"B: 2\r\n\r\n.\r\n"))
         self.assertEqual((tally.retr, tally.retr_octets, tally.top, tally.deleted), (1, 14, 1, 1))
 
     def test_a_connection_without_a_command_is_no_event(self) -> None:

@@ -1,0 +1,172 @@
+"""`popdrop.inthreads`: a blocking store behind threads; waits on the reactor's clock."""
+
+from __future__ import annotations
+
+import os
+import threading
+from typing import Any
+
+from twisted.internet import reactor
+from twisted.internet.defer import CancelledError, Deferred
+from twisted.trial.unittest import TestCase
+
+from popdrop.errors import Busy, InUse, TemporaryFailure
+from popdrop.inthreads import HOT_LIMIT, InThreads
+from popdrop.testing import MemoryStore
+from popdrop.threads import Pool
+from popdrop.values import Owner, Source
+
+BOB = Owner("bob")
+
+
+class Slow(MemoryStore):
+    """A store whose `open` waits for the test."""
+
+    def __init__(self, maildrops: Any) -> None:
+        super().__init__(maildrops)
+        self.begun, self.go_on = threading.Event(), threading.Event()
+
+    def open(self, owner: Owner) -> Any:
+        drop = super().open(owner)
+        self.begun.set()
+        self.go_on.wait(60)
+        return drop
+
+
+class InThreadsTests(TestCase):
+    def setUp(self) -> None:
+        self.pool = Pool(reactor, "test", 4)  # type: ignore[arg-type]
+        self.pool.start()
+        self.addCleanup(self.pool.stop)
+
+    def store(self, blocking: Any, lock_timeout: float = 60.0) -> InThreads:
+        return InThreads(blocking, self.pool, reactor, lock_timeout)  # type: ignore[arg-type]
+
+    async def octets(self, drop: Any, index: int, lines: int | None = None) -> bytes:
+        blocks = await drop.fetch(index, lines)
+        out = []
+        while block := await blocks.read():
+            out.append(block)
+        blocks.close()
+        return b"".join(out)
+
+    async def test_ready_and_fetch_agree(self) -> None:
+        """Small, large, dotted; whole and TOP; from memory and by blocks."""
+        large = b"A: 1\n\n" + b"".join(b".%06d\n" % i for i in range(60_000))
+        drop = await self.store(MemoryStore({"bob": [b"B: 2\n\n.x\n", large]})).open(BOB)
+        small = b"B: 2\r\n\r\n..x\r\n.\r\n"
+        self.assertEqual(await self.octets(drop, 0), small)
+        self.assertIn(drop.ready(0, None), (small, None))
+        self.assertIsNone(drop.ready(1, None))
+        self.assertGreater(len(large), HOT_LIMIT)
+        whole = await self.octets(drop, 1)
+        self.assertEqual(whole.count(b"\r\n.."), 60_000)
+        self.assertEqual(len(whole) - 60_000 - 3, drop.listing.size(1))
+        top = b"A: 1\r\n\r\n..000000\r\n.\r\n"
+        self.assertEqual(await self.octets(drop, 1, 1), top)
+        self.assertIn(drop.ready(1, 1), (top, None))
+        await drop.release()
+
+    async def test_a_busy_lock_is_waited_for(self) -> None:
+        store = MemoryStore({"bob": [b"x\n"]})
+        store.fail("open", Busy("spool"), Busy("spool"))
+        drop = await self.store(store).open(BOB)
+        store.fail("commit", Busy("spool"))
+        await drop.commit({0})
+        await drop.release()
+        self.assertEqual(len((await self.store(store).open(BOB)).listing), 0)
+
+    async def test_not_for_ever(self) -> None:
+        store = MemoryStore({"bob": [b"x\n"]})
+        held = store.open(BOB)
+        with self.assertRaises(InUse):
+            await self.store(store, lock_timeout=0).open(BOB)
+        held.release()
+        drop = await self.store(store, lock_timeout=0).open(BOB)
+        store.fail("commit", Busy("spool"))
+        with self.assertRaises(TemporaryFailure):
+            await drop.commit({0})
+        await drop.release()
+
+    async def test_cancelled_open_lets_go(self) -> None:
+        """The client is gone while a thread opens: what it opened is released."""
+        store = Slow({"bob": [b"x\n"]})
+        opening = Deferred.fromCoroutine(self.store(store).open(BOB))
+        await self.pool.run(store.begun.wait, 60)
+        opening.cancel()
+        with self.assertRaises(CancelledError):
+            await opening
+        store.go_on.set()
+        drop = await self.store(store).open(BOB)
+        await drop.release()
+
+    async def test_release_waits_for_the_call_in_progress(self) -> None:
+        """A commit once begun runs to its end; only then the maildrop is free."""
+        store = MemoryStore({"bob": [b"x\n", b"y\n"]})
+        drop: Any = await self.store(store).open(BOB)
+        begun, go_on = threading.Event(), threading.Event()
+        commit, order = drop._drop.commit, []
+
+        def slowly(deleted: Any) -> None:
+            begun.set()
+            go_on.wait(60)
+            commit(deleted)
+            order.append("commit")
+
+        release = drop._drop.release
+
+        def noted() -> None:
+            order.append("release")
+            release()
+
+        drop._drop.commit, drop._drop.release = slowly, noted
+        waiting = drop.commit({0})
+        await self.pool.run(begun.wait, 60)
+        waiting.addErrback(lambda failure: failure.trap(CancelledError))
+        waiting.cancel()
+        released = drop.release()
+        self.assertFalse(released.called)
+        go_on.set()
+        await released
+        self.assertEqual(order, ["commit", "release"])
+        await drop.release()
+
+    async def test_a_file_that_changes_is_verified_and_read_again(self) -> None:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(b"good\n")
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        state = {"unchanged": False, "verified": 0}
+
+        def verify() -> None:
+            state["verified"] += 1
+            state["unchanged"] = True
+
+        source = Source(fd, 0, 5, 6, unchanged=lambda: bool(state["unchanged"]), verify=verify)
+        drop: Any = await self.store(MemoryStore({"bob": [b"x\n"]})).open(BOB)
+        drop._drop.source = lambda index: source
+        self.assertIsNone(drop.ready(0, None))
+        self.assertEqual(await self.octets(drop, 0), b"good\r\n.\r\n")
+        self.assertEqual(state["verified"], 1)
+
+        def wrong() -> None:
+            raise TemporaryFailure("changed")
+
+        state["unchanged"] = False
+        source = source._replace(verify=wrong)
+        with self.assertRaises(TemporaryFailure):
+            await self.octets(drop, 0)
+        await drop.release()
+
+    async def test_a_file_that_became_shorter(self) -> None:
+        path = self.mktemp()
+        with open(path, "wb") as file:
+            file.write(b"good\n")
+        fd = os.open(path, os.O_RDONLY)
+        self.addCleanup(os.close, fd)
+        drop: Any = await self.store(MemoryStore({"bob": [b"x\n"]})).open(BOB)
+        drop._drop.source = lambda index: Source(fd, 0, 500, 600)
+        with self.assertRaises(TemporaryFailure):
+            await self.octets(drop, 0)
+        await drop.release()
