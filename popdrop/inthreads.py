@@ -142,6 +142,8 @@ class ThreadedDrop:
         return self._tracked(self._pool.run(work))
 
     def _tracked(self, inner: Deferred[T]) -> Deferred[T]:
+        if self._in_flight is not None:
+            raise RuntimeError("calls for one maildrop come one after another")
         self._in_flight = inner
 
         def landed(result: Any) -> Any:
@@ -151,14 +153,15 @@ class ThreadedDrop:
         inner.addBoth(landed)
         return _shielded(inner, lambda late: None)
 
-    async def _patiently(self, work: Callable[[], T]) -> T:
-        """Retry `work` while a lock is busy, up to the lock timeout."""
+    async def _patiently(self, work: Callable[[], T], wanted: Callable[[], bool]) -> T:
+        """Retry `work` while a lock is busy: up to the lock timeout, as long as it is wanted."""
         begun = self._store.clock.seconds()
         for tries in count(1):
             try:
                 return await self._pool.run(work)
             except Busy as busy:
-                if self._store.clock.seconds() - begun >= self._store.lock_timeout:
+                late = self._store.clock.seconds() - begun >= self._store.lock_timeout
+                if late or not wanted():
                     raise TemporaryFailure(
                         "maildrop is locked by a mail program, try again later",
                         f"{busy.lock} lock busy",
@@ -166,9 +169,16 @@ class ThreadedDrop:
                 await self._store.pause(tries)
         raise AssertionError("unreachable")
 
-    def patiently(self, work: Callable[[], T]) -> Deferred[T]:
-        """As `call`, retried while a lock is busy. Raises `TemporaryFailure` in the end."""
-        return self._tracked(Deferred.fromCoroutine(self._patiently(work)))
+    def patiently(self, work: Callable[[], T], *, to_the_end: bool = False) -> Deferred[T]:
+        """As `call`, retried while a lock is busy. Raises `TemporaryFailure` in the end.
+
+        It is given up once the maildrop is to be released, unless `to_the_end`.
+        """
+        return self._tracked(
+            Deferred.fromCoroutine(
+                self._patiently(work, lambda: to_the_end or self._released is None)
+            )
+        )
 
     def identify(self) -> Awaitable[None]:
         """As `IMaildrop.identify`."""
@@ -178,7 +188,7 @@ class ThreadedDrop:
         """As `IMaildrop.commit`. Nothing deleted: nothing is done."""
         if not deleted:
             return succeed(None)
-        return self.patiently(lambda: self._drop.commit(deleted))
+        return self.patiently(lambda: self._drop.commit(deleted), to_the_end=True)
 
     def ready(self, index: int, lines: int | None) -> bytes | None:
         """As `IMaildrop.ready`."""

@@ -210,9 +210,11 @@ def _message(start: int, group: list[bytes], unquote: bool, strip: bool) -> Mess
     header = 0
     while header < len(content) and not _empty(content[header]):
         header += 1
-    immutable = from_line + b"".join(_without(content, SPOOL_HEADERS))
-    fixed = from_line + b"".join(_without(content[:header], SPOOL_HEADERS))
-    body = b"%d" % len(b"".join(content[header:]))
+    # A last line without its end counts as one with LF, which the next deliverer will add.
+    ended = [line if line.endswith(b"\n") else line + b"\n" for line in content]
+    immutable = from_line + b"".join(_without(ended, SPOOL_HEADERS))
+    fixed = from_line + b"".join(_without(ended[:header], SPOOL_HEADERS))
+    body = b"%d" % len(b"".join(ended[header:]))
     sent = _without(content, NOT_SENT) if strip else content
     return Message(
         start,

@@ -73,8 +73,10 @@ class MboxCase(SynchronousTestCase):
         return octets
 
     def age(self) -> None:
+        """Let it be long since anything was written. (A ctime cannot be set back.)"""
         long_ago = time.time() - 1000
         os.utime(self.path, (long_ago, long_ago))
+        self.patch(drop_module, "clock_ns", lambda: time.time_ns() + 1000 * 10**9)
 
     def append(self, octets: bytes) -> None:
         with open(self.path, "ab") as spool:

@@ -72,6 +72,8 @@ class StoreTests(SynchronousTestCase):
             file.write(octets)
         os.chmod(self.path, 0o600)
         os.utime(self.path, (time.time() - age,) * 2)
+        # A ctime cannot be set back: the store's clock goes on instead.
+        self.patch(drop, "clock_ns", lambda: time.time_ns() + int(age * 10**9))
 
     def visit(self) -> tuple[int, list[bytes]]:
         maildrop = self.store.open(Owner("bob"))
@@ -117,6 +119,28 @@ class StoreTests(SynchronousTestCase):
         os.rename(self.path, self.path + ".old")
         self.write(mail(4) + mail(5), age=100)
         self.assertNotEqual(self.visit(), first)
+
+    def test_an_old_mtime_is_no_proof(self) -> None:
+        """A mail reader may put it back after it wrote; the ctime tells when it did."""
+        self.write(mail(1) + mail(2), age=0)
+        os.utime(self.path, (time.time() - 1000,) * 2)
+        self.visit()
+        self.visit()
+        self.assertGreaterEqual(self.scans, 2)
+
+    def test_mail_that_came_in_a_session_is_seen_by_the_next(self) -> None:
+        """Even if the session's ids were made after it came and long after it was written."""
+        for separator in (b"", b"\n"):
+            self.write(mail(1) + mail(2), age=100)
+            maildrop = self.store.open(Owner("bob"))
+            with open(self.path, "ab") as file:
+                file.write(separator + mail(3))
+            self.patch(drop, "clock_ns", lambda: time.time_ns() + 10**12)
+            maildrop.identify()
+            self.assertEqual(len(maildrop.listing), 2)
+            maildrop.commit({0, 1})
+            maildrop.release()
+            self.assertEqual(self.visit()[0], 1)
 
     def test_a_fresh_spool_is_not_believed(self) -> None:
         """Within two seconds of a write another may leave the same times."""

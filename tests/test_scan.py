@@ -97,6 +97,28 @@ mboxes = st.builds(
 
 
 class PropertyTests(SynchronousTestCase):
+    @settings(deadline=None, max_examples=300)
+    @given(mboxes)
+    def test_mail_that_comes_changes_nothing_before_it(self, octets: bytes) -> None:
+        """Sizes, checks and ids of what is there stay, also of a last line without its end.
+
+        But for one that ends with a bare CR, which the LF to come makes part of a line end.
+        """
+        octets = octets.rstrip(b"\r")
+        if octets.strip(b"\r\n") and not octets.startswith(b"From "):
+            return
+        end = b"" if octets.endswith(b"\n") or not octets else b"\n"
+        if not octets.endswith((b"\n\n", b"\n\r\n")):
+            end += b"\n"
+        try:
+            before = spans_of(octets)
+        except NotAnMbox:
+            return
+        count = len(before)
+        after = spans_of(octets + end + FROM + b"A: 1\n\nnew\n")
+        self.assertEqual(list(after.sizes[:count]), list(before.sizes))
+        self.assertEqual(list(after.checks[:count]), list(before.checks))
+
     @settings(max_examples=500, deadline=None, derandomize=True)
     @given(
         octets=mboxes,

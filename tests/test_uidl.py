@@ -77,11 +77,22 @@ class HashTests(SynchronousTestCase):
                 FROM + b"A: b\n\nbody\n",
                 FROM[:-1] + b"\r\nA: b\n\nbody\n",
                 FROM + b"A: c\n\nbody\n",
-                FROM + b"A: b\n\nbody",
+                FROM + b"A: b\n\nbod",
                 FROM + b"A: b\n\nbody\n\n",
             )
         }
         self.assertEqual(len(ids), 5)
+
+    def test_a_missing_last_line_end_does_not_count(self) -> None:
+        """The next deliverer adds it: a client must not download the message again for that."""
+        for octets in (
+            b"A: b\n\nbody",
+            b"A: b",
+            b"A: b\n\n\xff\r",
+            b"A: b\nLines: 3",
+            b"A: b\n\n\0",
+        ):
+            self.assertEqual(uid(FROM + octets), uid(FROM + octets + b"\n"), octets)
 
 
 class UniqueTests(SynchronousTestCase):

@@ -70,6 +70,11 @@ class HeaderCut:
         """Whether the last octets belong to a field that is not sent."""
         return self._dropping.lower() in self._strip
 
+    @property
+    def in_spool_field(self) -> bool:
+        """Whether the last octets belong to a field that is taken out."""
+        return bool(self._dropping)
+
     def cut(self, piece: bytes) -> bytes:
         """The piece without spool headers."""
         # The pattern looks for a LF and a name, so what was before the piece is put in front of it.
@@ -107,7 +112,7 @@ class MessageHash:
     empty line before the next From_ line is not among them. Fed by blocks of any size.
     """
 
-    __slots__ = ("_cut", "_hash", "_header", "_rest", "_taken")
+    __slots__ = ("_cut", "_hash", "_header", "_last", "_rest", "_taken")
 
     def __init__(self) -> None:
         self._hash = sha256(usedforsecurity=False)
@@ -116,9 +121,11 @@ class MessageHash:
         self._header = True
         self._rest = b""
         self._taken = 0
+        self._last = b""
 
     def update(self, block: bytes) -> None:
         """Take the next octets, the From_ line's first."""
+        self._last = block[-1:] or self._last
         if not self._header:
             self._hash.update(block)
             return
@@ -143,9 +150,15 @@ class MessageHash:
         self._rest, self._taken = text, taken
 
     def digest(self) -> bytes:
-        """The hash, 16 octets. Ends the feeding."""
+        """The hash, 16 octets. Ends the feeding.
+
+        A last line without its end counts as one with LF: the next deliverer will end it.
+        """
         self._take(self._rest[self._taken :])
         self._rest = b""
+        out = self._header and self._cut.in_spool_field
+        if self._last not in (b"", b"\n") and not out:
+            self._hash.update(b"\n")
         return self._hash.digest()[:DIGEST_OCTETS]
 
     def _take(self, header: bytes) -> None:

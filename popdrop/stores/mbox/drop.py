@@ -17,7 +17,7 @@ import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from typing import Final
 
@@ -43,9 +43,11 @@ from popdrop.stores.mbox.spool import (
     NO_RIGHT,
     Key,
     Spool,
+    is_settled,
     key_of,
     move_down,
     open_spool,
+    shows_changes,
     truncate,
 )
 from popdrop.stores.template import Template
@@ -68,8 +70,8 @@ NOT_DELETED: Final = "maildrop was changed by another program, nothing was delet
 NOT_LOCKED: Final = "maildrop cannot be locked now, nothing was deleted"
 NOT_WRITTEN: Final = "maildrop could not be rewritten"
 
-SETTLED: Final = 2.0
-"""Seconds after which a further change of the file shows in its times on any file system."""
+clock_ns: Callable[[], int] = time.time_ns
+"""The clock that file times are held against."""
 
 _UID_TEXT: Final = 26
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
@@ -192,6 +194,7 @@ class MboxDrop:
         self._read_only = ""
         self._spans = Spans()
         self._key: Key | None = None
+        self._believed: Key | None = None
         self._settled = False
         self._atime = 0
         self._had_new_mail = False
@@ -199,11 +202,10 @@ class MboxDrop:
         if spool:
             if not spool.writable:
                 self._read_only = f"{spool.path}: no right to write it"
+                log.warn("maildrop is read-only: {reason}", reason=self._read_only)
             if self._recall(spool):
                 return
             self._photograph()
-            if self._read_only:
-                log.warn("maildrop is read-only: {reason}", reason=self._read_only)
         self.listing = Listing(self._spans.sizes)
         self._keep()
 
@@ -222,6 +224,7 @@ class MboxDrop:
         if known is None:
             return False
         self._key, self._spans, self.listing = known
+        self._believed = self._key
         self._settled = True
         self._look_at_times(spool.opened)
         return True
@@ -237,27 +240,36 @@ class MboxDrop:
         self._atime = found.st_atime_ns
         self._had_new_mail = found.st_atime_ns <= found.st_mtime_ns
 
-    def _lock_to_read(self) -> SpoolLocks:
+    @contextmanager
+    def _locked_to_read(self) -> Iterator[SpoolLocks]:
+        with ExitStack() as stack:
+            try:
+                locks = stack.enter_context(self._locks_to_read())
+            except NoDotLock as error:
+                self._do_without_dot_lock(error)
+                locks = stack.enter_context(self._locks_to_read())
+            yield locks
+
+    def _locks_to_read(self) -> SpoolLocks:
         spool = self._spool
         return SpoolLocks(spool.fd, spool.path, self._reading_locks, spool.writable)
 
+    def _do_without_dot_lock(self, error: NoDotLock) -> None:
+        # Mail that is there can be read all the same: a message that was still being delivered is
+        # not deleted, since it will have changed.
+        if error.errno in NO_RIGHT:
+            self._read_only = (
+                f"{self._spool.path}.lock cannot be made: run with the group of its folder "
+                "(often mail), or say locks=fcntl; dotlockfile(1) is not made use of yet"
+            )
+            log.warn("maildrop is read-only: {reason}", reason=self._read_only)
+        elif error.errno not in _NO_SPACE:
+            raise error
+        self._reading_locks = tuple(name for name in self._store.locks if name != "dot")
+
     def _photograph(self) -> None:
-        try:
-            with self._lock_to_read() as locks:
-                self._photograph_locked(locks.refresh)
-        except NoDotLock as error:
-            # Mail that is there can be read all the same: a message that was still being
-            # delivered is not deleted, since it will have changed.
-            if error.errno in NO_RIGHT:
-                self._read_only = (
-                    f"{self._spool.path}.lock cannot be made: run with the group of its folder "
-                    "(often mail), or say locks=fcntl; dotlockfile(1) is not made use of yet"
-                )
-            elif error.errno not in _NO_SPACE:
-                raise
-            self._reading_locks = tuple(name for name in self._store.locks if name != "dot")
-            with self._lock_to_read() as locks:
-                self._photograph_locked(locks.refresh)
+        with self._locked_to_read() as locks:
+            self._photograph_locked(locks.refresh)
 
     def _photograph_locked(self, refresh: Refresh) -> None:
         store, spool = self._store, self._spool
@@ -281,9 +293,13 @@ class MboxDrop:
         self._remember(found)
 
     def _remember(self, found: os.stat_result) -> None:
-        """The whole photograph is true of the file in this state."""
-        self._settled = time.time() - found.st_mtime > SETTLED
+        """All of the photograph is true of the file in this state."""
+        now = clock_ns()
         self._key = key_of(found)
+        self._believed = self._key if shows_changes(found, now) else None
+        # Mail behind the photograph is none of it: then the file's state does not stand for it.
+        whole = found.st_size == self._spans.end
+        self._settled = whole and is_settled(found, now)
 
     def _scan(self, start: int, stop: int, refresh: Refresh, hide: bool = True) -> Spans:
         scanner = Scanner(unquote=self._store.unquote, strip=self._store.strip, hide=hide)
@@ -312,13 +328,13 @@ class MboxDrop:
 
     def _is_unchanged(self, index: int) -> bool:
         try:
-            return key_of(self._spool.stat()) == self._verified.get(index, self._key)
+            return key_of(self._spool.stat()) == self._verified.get(index, self._believed)
         except OSError:
             return False
 
     def _verify(self, index: int) -> None:
         path = self._spool.path
-        with _told(path), self._lock_to_read() as locks:
+        with _told(path), self._locked_to_read() as locks:
             found = self._spool.stat()
             if not self._is_same(index, locks.refresh):
                 raise TemporaryFailure(CHANGED, f"{path}: message {index + 1} has changed")
@@ -398,7 +414,7 @@ class MboxDrop:
 
     def _digests_locked(self) -> list[bytes]:
         """Something was written: unless that was new mail only, ids would be of other octets."""
-        with self._lock_to_read() as locks:
+        with self._locked_to_read() as locks:
             found = self._spool.stat()
             try:
                 spans = self._scan(0, self._spans.end, locks.refresh)

@@ -18,7 +18,6 @@ import struct
 import threading
 import time
 from contextlib import suppress
-from functools import lru_cache
 from hashlib import sha256
 from secrets import token_hex
 from types import TracebackType
@@ -59,35 +58,30 @@ class NoDotLock(OSError):
     """The dot-lock can be neither made nor waited for: no rights, no space, or a broken folder."""
 
 
-@lru_cache(maxsize=1024)
-def _real(folder: str, device: int, inode: int) -> str:
-    """The folder's own path. As long as it is the same folder, links are not followed again."""
-    return os.path.realpath(folder)
+def identity(path: str) -> bytes:
+    """What a spool is, whatever names lead to its folder: the folder itself, and the file's name.
 
-
-def resolved(path: str) -> str:
-    """The path with the symbolic links of its folder resolved; of the file itself none are."""
+    Raises `OSError` where there is no such folder.
+    """
     folder, name = os.path.split(path)
-    try:
-        found = os.stat(folder)
-    except OSError:
-        return os.path.join(os.path.realpath(folder), name)
-    return os.path.join(_real(folder, found.st_dev, found.st_ino), name)
+    found = os.stat(folder)
+    return b"%d:%d/%s" % (found.st_dev, found.st_ino, os.fsencode(name))
 
 
 class SessionLock:
     """Exclusive hold of one maildrop, over all processes of this machine.
 
-    A private file for each spool in `folder`, named by the SHA-256 of the resolved path, so that
-    all login names of one spool meet (decision 11). The file stays: unlinking it would let two
-    sessions lock two files of one name.
+    A private file for each spool in `folder`, named by the SHA-256 of its `identity`, so that all
+    login names of one spool meet, and all links and mounts that lead to it (decision 11). The file
+    stays: unlinking it would let two sessions lock two files of one name.
     """
 
     _held: ClassVar[set[str]] = set()
     _guard: ClassVar[threading.Lock] = threading.Lock()
 
     def __init__(self, folder: str, spool: str) -> None:
-        self._path = os.path.join(folder, sha256(os.fsencode(resolved(spool))).hexdigest())
+        """Raises `OSError` where the spool's folder is missing."""
+        self._path = os.path.join(folder, sha256(identity(spool)).hexdigest())
         self._fd = -1
 
     def take(self) -> None:

@@ -143,16 +143,22 @@ class Scanner:
             return self._spans
         self._has_cr = b"\r" in buffer
         self._lines(buffer, _CONTEXT, len(buffer))
-        separator = 0
+        separator = missing = 0
         if buffer.endswith(b"\n\n"):
             separator = 1
         elif buffer.endswith(b"\n\r\n"):
             separator = 2
-        elif not buffer.endswith(b"\n") and not (
-            self._in_header and self._cut and self._cut.in_unsent_field
-        ):
-            self._octets += 2
-        self._finish(self._spans.end, separator)
+        elif not buffer.endswith(b"\n"):
+            # The last line counts as ended by LF, which the next deliverer will add: sizes, checks
+            # and ids stay the same then.
+            cut = self._cut if self._in_header else None
+            if not (cut and cut.in_unsent_field):
+                self._octets += 2
+            if not self._in_header:
+                missing = 1
+            elif not (cut and cut.in_spool_field):
+                self._check = crc32(b"\n", self._check)
+        self._finish(self._spans.end, separator, missing)
         return self._spans
 
     def _keep(self, buffer: bytes, done: int) -> None:
@@ -249,8 +255,11 @@ class Scanner:
                 if mark.search(buffer, before, stop):
                     self._marks.add(number)
 
-    def _finish(self, end: int, separator: int) -> None:
-        """The message in progress and its separator, in octets, end at offset `end`."""
+    def _finish(self, end: int, separator: int, missing: int = 0) -> None:
+        """The message in progress and its separator, in octets, end at offset `end`.
+
+        `missing` is 1 if the body lacks its last LF.
+        """
         spans = self._spans
         if self._hide:
             self._hide = False
@@ -264,4 +273,4 @@ class Scanner:
         unsent = self._cut.unsent if self._cut else 0
         spans.sizes.append(self._octets - (2 if separator else 0) - unsent)
         spans.altered.append(unsent > 0 or self._quoted)
-        spans.checks.append(crc32(b"%d" % (content_end - self._body), self._check))
+        spans.checks.append(crc32(b"%d" % (content_end + missing - self._body), self._check))

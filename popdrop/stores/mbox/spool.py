@@ -18,12 +18,33 @@ COPY_BLOCK: Final = 1 << 20
 
 NO_RIGHT: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
+SETTLED_NS: Final = 2 * 10**9
+"""Nanoseconds after a write in which another one may leave the same times, at the worst."""
+
+FINE_NS: Final = 20 * 10**6
+"""The same where times are finer than a second: kernels tick every 4 to 10 ms."""
+
 Key = tuple[int, int, int, int, int]
 
 
 def key_of(found: os.stat_result) -> Key:
     """What is different when anything was written to the file, or when it is another file."""
     return (found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+
+
+def is_settled(found: os.stat_result, now_ns: int) -> bool:
+    """Whether any later write will show in the file's times, whatever its file system.
+
+    By ctime as well: a mail reader may put the old mtime back.
+    """
+    return now_ns - max(found.st_mtime_ns, found.st_ctime_ns) > SETTLED_NS
+
+
+def shows_changes(found: os.stat_result, now_ns: int) -> bool:
+    """The same, if whole seconds in the ctime tell of a coarse file system and others do not."""
+    if found.st_ctime_ns % 10**9 == 0:
+        return is_settled(found, now_ns)
+    return now_ns - max(found.st_mtime_ns, found.st_ctime_ns) > FINE_NS
 
 
 class Spool:
