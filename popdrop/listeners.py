@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass
+from ipaddress import ip_address
 from typing import Any, cast
 
 from twisted.internet import defer
@@ -142,7 +143,13 @@ def peer_facts(peer: IAddress, local: IAddress | None = None, trusted: bool = Tr
     ours = local.port if isinstance(local, IPv4Address | IPv6Address) else None
     if not isinstance(peer, IPv4Address | IPv6Address):
         return PeerFacts(address_trusted=False, local_port=ours)
-    return PeerFacts(normalised(peer.host), trusted, peer.port, ours)
+    host = normalised(peer.host)
+    try:
+        ip_address(host.partition("%")[0])
+    except ValueError:
+        # A PROXY header may hold anything; it is not an address, and is not to be logged.
+        return PeerFacts(address_trusted=False, local_port=ours)
+    return PeerFacts(host, trusted, peer.port, ours)
 
 
 def _tcp(reactor: object, option: str, text: str, scheme: str, spec: Spec) -> Listener:

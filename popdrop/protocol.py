@@ -18,8 +18,10 @@ from typing import Any, Final, cast
 from OpenSSL.SSL import Error as TLSError
 from twisted.cred.error import LoginFailed
 from twisted.cred.portal import Portal
+from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import (
+    IDelayedCall,
     IHalfCloseableProtocol,
     IPushProducer,
     IReactorTime,
@@ -58,6 +60,12 @@ UNREAD_LIMIT: Final = 4096
 """Octets of unanswered input after which the client is not read from: Dovecot's number too."""
 WRITE_SIZE: Final = 65_536
 """Octets of replies gathered before they are written in the middle of a read."""
+TURN: Final = 20_000
+"""What one connection may do in one turn of the reactor, in the cost of a NOOP: about 10 ms."""
+ROWS_COST: Final = 500
+"""Of a block of rows of LIST or UIDL."""
+FETCH_COST: Final = 100
+"""Of a message from memory, beside one for each 256 octets."""
 CLOSE_GRACE: Final = 10.0
 """Seconds for a farewell and TLS's own to get through before the connection is aborted.
 
@@ -65,6 +73,8 @@ Some clients never answer the closing of TLS, and Twisted would wait for them.
 """
 STOP_CLOSE_GRACE: Final = 1.0
 """The same when the server stops."""
+NOBODY: Final = UNIXAddress(None)
+"""A peer without an address, as long as only a proxy knows it."""
 TLS_RECORD: Final = b"\x16\x03"
 """How a TLS handshake begins: on a plain port it is a client with a wrong setting."""
 
@@ -116,6 +126,8 @@ class POP3Protocol(Protocol):
         self._rows: Iterator[bytes] | None = None
         self._drop: IMaildrop | None = None
         self._drained: Deferred[None] | None = None
+        self._again: IDelayedCall | None = None
+        self._spent = 0
         self._choked = False
         self._unread = False
         self._working = False
@@ -137,13 +149,13 @@ class POP3Protocol(Protocol):
     def connectionMade(self) -> None:
         factory = self.factory
         self._born = self._progress = factory.clock.seconds()
-        self._address = self.transport.getPeer()
+        # Behind a proxy the address is the proxy's until its header has come.
+        self._address = self.transport.getPeer() if factory.trusted_address else NOBODY
         self._session = Session(factory.challenge(), factory.policy, factory.implicit_tls)
         self._timer = factory.clock.callLater(factory.timing.login, self._tick)
         factory.protocols.add(self)
         if factory.stopping or not self._admit():
-            log.info("too many connections: {peer} turned away", peer=self._host())
-            self._hang_up(b"-ERR [SYS/TEMP] too many connections, try again later\r\n", "limit")
+            self._turn_away()
             return
         try:
             self.transport.setTcpNoDelay(True)
@@ -154,6 +166,15 @@ class POP3Protocol(Protocol):
         self.transport.registerProducer(self, True)
         self.transport.write(self._session.greeting())
 
+    def _turn_away(self) -> None:
+        log.info("too many connections: {peer} turned away", peer=self._host())
+        if self.factory.implicit_tls:
+            # Nothing can be said before the handshake, and it may never come.
+            self._reason, self._closing = "limit", True
+            self._abort()
+        else:
+            self._hang_up(b"-ERR [SYS/TEMP] too many connections, try again later\r\n", "limit")
+
     def _admit(self) -> bool:
         self._admitted = self.factory.throttle.admit(self._address)
         return self._admitted
@@ -161,8 +182,11 @@ class POP3Protocol(Protocol):
     def _host(self) -> str:
         return self._facts.address or normalised(getattr(self._address, "host", "") or "local")
 
-    def _meet(self) -> None:
-        """Learn of the peer; at the first octets, since a PROXY header comes before them."""
+    def _meet(self) -> bool:
+        """Learn of the peer; at the first octets, since a PROXY header comes before them.
+
+        False: it turned out to have too many connections.
+        """
         self._met = True
         transport = self.transport
         facts = peer_facts(transport.getPeer(), transport.getHost(), self.factory.trusted_address)
@@ -171,11 +195,22 @@ class POP3Protocol(Protocol):
             facts = replace(facts, tls_version=version, tls_cipher=cipher)
         self._facts = facts
         self._session.met(self._facts)
+        peer = transport.getPeer()
+        if self._address is NOBODY and facts.address is not None:
+            self.factory.throttle.leave(self._address)
+            self._address = peer
+            if not self._admit():
+                self._turn_away()
+                return False
+        return True
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._gone = self._closing = True
         if self._timer.active():
             self._timer.cancel()
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         if isinstance(reason.value, TLSError):
             self._reason = "tls-error"
             log.info("TLS with {peer} failed", peer=self._host())
@@ -204,7 +239,7 @@ class POP3Protocol(Protocol):
 
     def writeConnectionLost(self) -> None:
         """The client reads no more: nothing that is left to do can reach it."""
-        self.transport.abortConnection()
+        self._abort()
 
     def _hang_up(self, farewell: bytes, reason: str) -> None:
         self._reason = reason
@@ -225,14 +260,18 @@ class POP3Protocol(Protocol):
         if self._closing:
             waited = self.factory.clock.seconds() - self._progress
             if self._effect is None and not self._choked and waited >= STOP_CLOSE_GRACE:
-                self.transport.abortConnection()
+                self._abort()
         elif self._effect is None:
             self._hang_up(b"-ERR [SYS/TEMP] server is shutting down\r\n", "shutdown")
+
+    def _abort(self) -> None:
+        # Standard input cannot be aborted.
+        getattr(self.transport, "abortConnection", self.transport.loseConnection)()
 
     def abort(self) -> None:
         """Close at once. A commit in progress still ends."""
         self._reason = "shutdown"
-        self.transport.abortConnection()
+        self._abort()
 
     @property
     def committing(self) -> bool:
@@ -261,7 +300,7 @@ class POP3Protocol(Protocol):
             return
         if self._closing or self._choked:
             self._reason = self._reason if self._closing else "write-timeout"
-            self.transport.abortConnection()
+            self._abort()
             return
         # No farewell: RFC 1939 section 3 wants the connection closed without a response.
         self._hang_up(b"", "idle-timeout" if self._session.logged_in else "login-timeout")
@@ -278,8 +317,8 @@ class POP3Protocol(Protocol):
         if self._closing:
             return
         self._progress = self.factory.clock.seconds()
-        if not self._met:
-            self._meet()
+        if not self._met and not self._meet():
+            return
         if self._first:
             self._first = False
             if data.startswith(TLS_RECORD):
@@ -287,23 +326,33 @@ class POP3Protocol(Protocol):
                 self._hang_up(b"", "tls-on-plain-port")
                 return
         self._lines.feed(data)
-        if self._effect is None and self._rows is None and not self._choked:
+        waits = self._effect is not None or self._rows is not None or self._choked
+        if not waits and self._again is None:
             self._run()
         elif len(self._lines) > UNREAD_LIMIT and not self._unread:
             self._unread = True
             self.transport.pauseProducing()
 
     def _run(self) -> None:
-        """Answer what waits, until an effect, a full transport or the end of the input."""
-        if self._working:
+        """Answer what waits, until an effect, a full transport or the end of the input.
+
+        Or until others must have their turn.
+        """
+        if self._working or self._again is not None:
             return
         self._working = True
+        self._spent = 0
         out: list[bytes] = []
         size = 0
         lines, session = self._lines, self._session
         try:
             while not self._closing and not self._choked:
+                if self._spent >= TURN:
+                    self._again = self.factory.clock.callLater(0, self._go_on)
+                    break
+                self._spent += 1
                 if self._rows is not None:
+                    self._spent += ROWS_COST
                     block = next(self._rows, None)
                     if block is None:
                         self._rows = None
@@ -337,6 +386,11 @@ class POP3Protocol(Protocol):
         finally:
             self._working = False
 
+    def _go_on(self) -> None:
+        self._again = None
+        if self._effect is None and not self._closing:
+            self._run()
+
     def _overlong(self, kind: Any) -> Result:
         return self._session.overlong(kind)
 
@@ -347,9 +401,10 @@ class POP3Protocol(Protocol):
 
     def _settle(self) -> None:
         """After the input was worked through: read on, or close behind a half-closed client."""
-        if self._closing or self._effect is not None or self._choked:
+        if self._closing or self._effect is not None or self._choked or self._again is not None:
             return
-        if self._unread and len(self._lines) <= UNREAD_LIMIT:
+        if self._unread:
+            # All whole lines are answered; what is left of one is within its own limit.
             self._unread = False
             self.transport.resumeProducing()
         if self._half_closed:
@@ -391,6 +446,7 @@ class POP3Protocol(Protocol):
             case Fetch():
                 body = self._ready(result)
                 if body is not None:
+                    self._spent += FETCH_COST + len(body) // 256
                     self._count_top(result, len(body))
                     return self._session.fetching(result) + body
                 self._begin(out, self._fetch(result))
@@ -438,7 +494,7 @@ class POP3Protocol(Protocol):
         if isinstance(failure.value, CancelledError) and self._gone:
             return
         log.failure("an effect failed for {peer}", failure=failure, peer=self._host())
-        self.transport.abortConnection()
+        self._abort()
 
     def _ready(self, fetch: Fetch) -> bytes | None:
         if self._drop is None:
@@ -458,7 +514,9 @@ class POP3Protocol(Protocol):
         self._lines.clear()
         self._session.secure()
         self._met = False
-        cast("Any", self.transport).startTLS(self.factory.tls)
+        self.transport.startTLS(self.factory.tls)
+        # The TLS layer has buffers of its own, and will say when they are full.
+        self._choked = False
 
     async def _fetch(self, fetch: Fetch) -> None:
         drop = cast("IMaildrop", self._drop)
@@ -480,16 +538,21 @@ class POP3Protocol(Protocol):
             self.transport.write(self._session.fetching(fetch) + block)
             while True:
                 await self._room()
+                if self._spent >= TURN:
+                    # A transport that has lost its peer never says that it is full.
+                    await deferLater(self.factory.clock, 0)
+                    self._spent = 0
                 block = await blocks.read()
                 if not block:
                     return
+                self._spent += FETCH_COST + len(block) // 256
                 self._count_top(fetch, len(block))
                 self.transport.write(block)
         except (PopdropError, OSError) as error:
             # Half a message is out: an end of it would be a lie.
             log.error("{peer}: a message broke off: {why}", peer=self._host(), why=str(error))
             self._reason = "read-error"
-            self.transport.abortConnection()
+            self._abort()
         finally:
             blocks.close()
 
@@ -510,6 +573,8 @@ class POP3Protocol(Protocol):
         except PopdropError as error:
             self._failed(error)
             return
+        except CancelledError:
+            raise
         except Exception:
             self._failed(internal_error("identifying messages"))
             return
@@ -587,6 +652,7 @@ class POP3Protocol(Protocol):
             self._drop = drop
             self.factory.holders[self._account] = self
             self._mechanism = mechanism
+            self._verified = True
             reply = self._session.opened(drop.listing)
             self._record("login", "ok", mechanism)
             self.transport.write(reply)

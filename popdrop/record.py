@@ -201,6 +201,10 @@ class SessionLog:
         """After log rotation: write to what is at the path now. Never raises."""
         self._sink.reopen()
 
+    def hand_over(self, uid: int, gid: int) -> None:
+        """Give a file of ours to the user that the server will run as; -1 keeps the group."""
+        self._sink.hand_over(uid, gid)
+
     def close(self) -> None:
         """Write what waits, for five seconds at most, and let go."""
         self._sink.close()
@@ -221,6 +225,11 @@ class Several:
         """As `SessionLog.reopen`, for each."""
         for each in self._logs:
             each.reopen()
+
+    def hand_over(self, uid: int, gid: int) -> None:
+        """As `SessionLog.hand_over`, for each."""
+        for each in self._logs:
+            each.hand_over(uid, gid)
 
     def close(self) -> None:
         for each in self._logs:
@@ -246,6 +255,9 @@ class _TwistedLog:
         )
 
     def reopen(self) -> None:
+        pass
+
+    def hand_over(self, uid: int, gid: int) -> None:
         pass
 
     def close(self) -> None:
@@ -339,6 +351,10 @@ class _Lines:
         if not self._closed:
             self._put(self._target.reopen)
 
+    def hand_over(self, uid: int, gid: int) -> None:
+        if isinstance(self._target, _File):
+            os.fchown(self._target.fd, uid, gid)
+
     def close(self) -> None:
         if self._closed:
             return
@@ -362,10 +378,19 @@ class _Lines:
                 if isinstance(item, bytes):
                     self._write(item)
                 else:
-                    item()
+                    self._anew(item)
             except OSError as error:
                 self._complaints.add("The session log cannot be written", error)
         os.close(self._target.fd)
+
+    def _anew(self, reopen: Callable[[], None]) -> None:
+        try:
+            reopen()
+        except OSError as error:
+            log.error(
+                "the session log cannot be opened anew, the old file is still written: {why}",
+                why=error.strerror,
+            )
 
     def _write(self, line: bytes) -> None:
         """One `write` to a descriptor with O_APPEND: lines of several processes do not mix."""

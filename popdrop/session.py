@@ -524,7 +524,7 @@ _ROWS: Final = (
     ),
     Command(
         "UTF8", _s._do_utf8, 0, 0, _before, "UTF8", "Ask for UTF-8 in mail and names.",
-        "RFC 6856", before_tls=True, capability=lambda _: "UTF8",
+        "RFC 6856", before_tls=True, capability=lambda _: "UTF8 USER",
     ),
     Command(
         "LANG", _s._do_lang, 0, 1, _both, "LANG [tag]", "List or set the language of replies.",

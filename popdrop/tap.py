@@ -7,6 +7,7 @@ else.
 from __future__ import annotations
 
 import os
+import resource
 import signal
 import socket
 import sys
@@ -22,7 +23,7 @@ from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.portal import Portal
 from twisted.cred.strcred import InvalidAuthArgumentString, InvalidAuthType, makeChecker
-from twisted.internet.defer import Deferred, succeed
+from twisted.internet.defer import Deferred, gatherResults, succeed
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
@@ -55,6 +56,8 @@ LOOKUP_THREADS: Final = 4
 """Account look-ups at once, apart from the store's, so that a slow disk stops no login."""
 CERTIFICATE_SECONDS: Final = 60.0
 """Seconds between two looks at the certificates' files."""
+ENDINGS: Final = ("", "-wal", "-shm", ".key")
+"""Of the files that make an accounts database."""
 LOOK_EVERY: Final = 1.0
 """Seconds until the modes of the accounts database are looked at again: 17 us a look."""
 HASH_THREADS: Final = 2
@@ -100,6 +103,12 @@ def _is_local(listener: listeners.Listener) -> bool:
         return ip_address(interface).is_loopback
     except ValueError:
         return False
+
+
+def _allow_many_files() -> None:
+    # A session needs three: its socket, its spool and its session lock.
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def _is_free(port: int) -> bool:
@@ -182,10 +191,11 @@ class Popdrop(Service):
         holders: dict[bytes, POP3Protocol] = {}
         for listener in self._parsed_listeners():
             self._listeners.append(listener)
+            without_stls = listener.implicit_tls or listener.scheme == "stdio"
             self._factories.append(
                 POP3Factory(
                     portal,
-                    replace(policy, stls="off") if listener.implicit_tls else policy,
+                    replace(policy, stls="off") if without_stls else policy,
                     self._throttle,
                     self._session_log,
                     reactor,
@@ -255,6 +265,11 @@ class Popdrop(Service):
         return f"accounts:{path}"
 
     def _foreign_checker(self, text: str) -> Any:
+        if text.partition(":")[0] == "memory":
+            raise ConfigError(
+                f"--auth {text}: Twisted's memory checker compares text with octets and lets nobody"
+                " in; use accounts:FILE or file:PATH"
+            )
         try:
             checker = makeChecker(text)  # type: ignore[no-untyped-call]
         except InvalidAuthType:
@@ -372,6 +387,7 @@ class Popdrop(Service):
     def privilegedStartService(self) -> None:
         """Listen, while the rights of the start are still there."""
         super().privilegedStartService()  # type: ignore[no-untyped-call]
+        _allow_many_files()
         self._listen()
         self._hand_over()
 
@@ -410,17 +426,34 @@ class Popdrop(Service):
         uid, gid = parent.get("uid"), parent.get("gid")
         if os.geteuid() != 0 or uid is None:
             return
-        made = [self.state_dir] if self._made_state_dir else []
+        group = -1 if gid is None else gid
+        self._session_log.hand_over(uid, group)
+        made = [self.state_dir] if self._made_state_dir or self._is_all_ours() else []
         made.append(os.path.join(self.state_dir, certs.SELF_MADE))
         for database in self._databases:
             if os.path.dirname(database.path) == os.path.realpath(self.state_dir):
-                made += [database.path + ending for ending in ("", "-wal", "-shm", ".key")]
+                made += [database.path + ending for ending in ENDINGS]
         for path in made:
             try:
                 if os.lstat(path).st_uid == 0:
-                    os.chown(path, uid, -1 if gid is None else gid, follow_symlinks=False)
+                    os.chown(path, uid, group, follow_symlinks=False)
             except FileNotFoundError:
                 continue
+        self._check_folder(uid)
+
+    def _is_all_ours(self) -> bool:
+        """Whether the state folder holds nothing but what Popdrop and `popdrop user` make."""
+        names = {certs.SELF_MADE, "locks"}
+        names |= {os.path.basename(each.path) + e for each in self._databases for e in ENDINGS}
+        return set(os.listdir(self.state_dir)) <= names
+
+    def _check_folder(self, uid: int) -> None:
+        found = os.stat(self.state_dir)
+        if found.st_uid != uid:
+            raise StartError(
+                f"popdrop: --state-dir {self.state_dir}: belongs to uid {found.st_uid} and holds"
+                f" other files; chown {uid} {self.state_dir}, or name a folder of Popdrop's own"
+            )
 
     def startService(self) -> None:
         """Serve."""
@@ -481,8 +514,9 @@ class Popdrop(Service):
         for port in self._ports:
             if IListeningPort.providedBy(port):
                 await (port.stopListening() or succeed(None))
-        for factory in self._factories:
-            await factory.stop(self._options["grace"])
+        grace = self._options["grace"]
+        stopping = [Deferred.fromCoroutine(factory.stop(grace)) for factory in self._factories]
+        await gatherResults(stopping)
         for pool in self._pools:
             pool.stop()
         self.discard()

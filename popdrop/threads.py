@@ -59,7 +59,8 @@ class Pool:
     def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
         """Do `work` in a thread and fire in the reactor.
 
-        Cancelling stops the waiting, not the work: a thread cannot be interrupted.
+        Cancelling stops the waiting, and the work if it has not begun: a thread cannot be
+        interrupted.
         """
         done: Deferred[T] = Deferred()
         if args or kwargs:
@@ -82,6 +83,8 @@ class Pool:
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             done, work = item
+            if done.called:
+                continue  # nobody waits for it any more: a login that was given up costs no hash
             result: Any
             try:
                 result = work()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from typing import Any
 
+from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import StringTransport
@@ -53,7 +55,8 @@ class WritingTests(SynchronousTestCase):
         self.assertTrue(transport.value().endswith(b"+OK 2 25\r\n"))
 
     def test_a_client_that_does_not_read_is_not_read_from(self) -> None:
-        protocol, transport = Server().logged_in()
+        server = Server()
+        protocol, transport = server.logged_in()
         protocol.pauseProducing()
         protocol.dataReceived(b"NOOP\r\n" * 100)
         self.assertEqual(transport.producerState, "producing")
@@ -61,6 +64,7 @@ class WritingTests(SynchronousTestCase):
         self.assertEqual(transport.producerState, "paused")
         self.assertEqual(transport.value(), b"")
         protocol.resumeProducing()
+        server.clock.advance(0)
         self.assertEqual(transport.value(), b"+OK\r\n" * (100 + UNREAD_LIMIT))
         self.assertEqual(transport.producerState, "producing")
 
@@ -107,6 +111,110 @@ class WritingTests(SynchronousTestCase):
             protocol.resumeProducing()
             self.assertEqual(len(transport.writes), before + 1)
         self.assertEqual(len(transport.value()), len(b"+OK 1001 octets\r\n") + 1001 + 3 + 5)
+
+
+class TurnTests(SynchronousTestCase):
+    """No client has the reactor for itself, whatever it asks for in one read."""
+
+    def turns(self, server: Server, protocol: POP3Protocol, octets: bytes) -> int:
+        """How many times others get their turn before all of it is answered."""
+        pauses: list[float] = []
+        call_later = server.clock.callLater
+
+        def counting(delay: float, *args: Any, **kwargs: Any) -> Any:
+            if not delay:
+                pauses.append(delay)
+            return call_later(delay, *args, **kwargs)
+
+        self.patch(server.clock, "callLater", counting)
+        protocol.dataReceived(octets)
+        server.clock.advance(0)
+        return len(pauses)
+
+    def test_many_lists(self) -> None:
+        """2000 LISTs of a maildrop whose messages are all deleted: little output, much work."""
+        server = Server([b"x\n"] * 3000)
+        protocol, transport = server.logged_in()
+        protocol.dataReceived(b"".join(b"DELE %d\r\n" % (n + 1) for n in range(3000)))
+        server.clock.advance(0)
+        transport.clear()
+        self.assertGreater(self.turns(server, protocol, b"LIST\r\n" * 2000 + b"NOOP\r\n"), 50)
+        self.assertTrue(transport.value().endswith(b".\r\n+OK\r\n"))
+        self.assertEqual(transport.value().count(b"+OK 0 messages"), 2000)
+
+    def test_many_tops(self) -> None:
+        server = Server([b"A: 1\n\n" + b"x" * 60_000 + b"\n"])
+        protocol, transport = server.logged_in()
+        self.assertGreater(self.turns(server, protocol, b"TOP 1 0\r\n" * 1000 + b"NOOP\r\n"), 3)
+        self.assertTrue(transport.value().endswith(b".\r\n+OK\r\n"))
+
+    def test_a_transport_that_is_never_full(self) -> None:
+        """As TLS behaves once its peer has closed: it takes all and sends nothing."""
+        server = Server([b"x" * 70 + b"\n"])
+        server.store.hot = False
+        server.store.block = 1
+        protocol, transport = server.logged_in()
+        self.assertGreater(self.turns(server, protocol, b"RETR 1\r\n" * 30 + b"NOOP\r\n"), 5)
+        self.assertTrue(transport.value().endswith(b".\r\n+OK\r\n"))
+
+    def test_meanwhile_input_is_bounded(self) -> None:
+        server = Server([b"x\n"] * 3000)
+        protocol, transport = server.logged_in()
+        protocol.dataReceived(b"LIST\r\n" * 2000)
+        protocol.dataReceived(b"NOOP\r\n" * UNREAD_LIMIT)
+        self.assertEqual(transport.producerState, "paused")
+        lose(protocol)
+        self.assertEqual([call for call in server.clock.getDelayedCalls() if call.active()], [])
+
+    def test_half_of_a_long_response_is_waited_for(self) -> None:
+        """A SASL line may be longer than what may wait unread: it is read to its end."""
+        server = Server()
+        server.checker.answer = Deferred()
+        protocol, transport = server.connect()
+        response = b64encode(b"\0bob\0" + b"x" * 6000)
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+        protocol.dataReceived(b"AUTH PLAIN\r\n" + response[:5000])
+        self.assertEqual(transport.producerState, "paused")
+        answer, server.checker.answer = server.checker.answer, None
+        answer.callback(None)
+        self.assertEqual(transport.producerState, "producing")
+        protocol.dataReceived(response[5000:] + b"\r\n")
+        self.assertEqual(transport.value().count(b"-ERR [AUTH]"), 2)
+
+
+class ProxyTests(SynchronousTestCase):
+    """Behind a proxy the client's address comes with the first octets."""
+
+    def connect(self, server: Server) -> tuple[POP3Protocol, Transport]:
+        server.factory.trusted_address = False
+        return server.connect("192.0.2.99")
+
+    def arrive(self, protocol: POP3Protocol, transport: Transport, address: str) -> None:
+        transport.peerAddr = IPv4Address("TCP", address, 4000)
+        protocol.dataReceived(b"CAPA\r\n")
+
+    def test_limits_are_by_the_clients_address(self) -> None:
+        server = Server(throttle="memory:per-address=2")
+        for number in range(5):
+            protocol, transport = self.connect(server)
+            self.arrive(protocol, transport, f"198.51.100.{number}")
+            self.assertIn(b"+OK Capa", transport.value())
+        protocols = [self.connect(server) for _ in range(3)]
+        for protocol, transport in protocols:
+            self.arrive(protocol, transport, "203.0.113.1")
+        self.assertIn(b"-ERR [SYS/TEMP] too many", protocols[-1][1].value())
+        for protocol in list(server.factory.protocols):
+            lose(protocol)
+        protocol, transport = self.connect(server)
+        self.arrive(protocol, transport, "203.0.113.1")
+        self.assertIn(b"+OK Capa", transport.value())
+
+    def test_an_address_that_is_none_is_not_logged(self) -> None:
+        server = Server()
+        protocol, transport = self.connect(server)
+        transport.peerAddr = IPv4Address("TCP", "1.1.1.1\x1b[2J\nroot", 4000)
+        protocol.dataReceived(b"USER bob\r\nAPOP bob x\r\n")
+        self.assertIsNone(server.records.records[-1].peer.address)
 
 
 class LoginTests(SynchronousTestCase):
@@ -301,6 +409,15 @@ class LimitTests(SynchronousTestCase):
         self.assertTrue(transport.disconnecting)
         self.assertEqual(transport.value(), b"")
 
+    def test_too_many_connections_under_tls(self) -> None:
+        """Nothing can be said before the handshake: closed at once, so that none pile up."""
+        server = Server(throttle="memory:per-address=1")
+        server.factory.implicit_tls = True
+        server.connect("192.0.2.1")
+        _, transport = server.connect("192.0.2.1")
+        self.assertTrue(transport.disconnected)
+        self.assertEqual(transport.value(), b"")
+
     def test_too_many_connections(self) -> None:
         server = Server(throttle="memory:per-address=2")
         connections = [server.connect("192.0.2.1") for _ in range(3)]
@@ -312,6 +429,22 @@ class LimitTests(SynchronousTestCase):
             lose(protocol)
         _, transport = server.connect("192.0.2.1")
         self.assertTrue(transport.value().startswith(b"+OK"))
+
+
+class IdentifyTests(SynchronousTestCase):
+    def test_gone_meanwhile(self) -> None:
+        """A client that leaves during UIDL is no internal error."""
+        server = Server()
+        protocol, _ = server.logged_in()
+
+        async def identify() -> None:
+            await Deferred()
+
+        server.store.opened[0].identify = identify  # type: ignore[method-assign]
+        protocol.dataReceived(b"UIDL\r\n")
+        lose(protocol)
+        self.assertEqual(self.flushLoggedErrors(), [])
+        self.assertEqual(server.store.opened[0].released, 1)
 
 
 class FetchTests(SynchronousTestCase):

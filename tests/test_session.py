@@ -191,7 +191,7 @@ class TLSTests(SynchronousTestCase):
             assert isinstance(answer, Refusal)
             self.assertEqual(answer.reason, "tls-required")
         capa = text(session.line(b"CAPA"))
-        self.assertNotIn(b"USER", capa)
+        self.assertNotIn(b"\r\nUSER\r\n", capa)
         self.assertNotIn(b"SASL", capa)
         self.assertIn(b"\r\nSTLS\r\n", capa)
         self.assertTrue(text(session.line(b"UTF8")).startswith(b"+OK"))
@@ -360,7 +360,14 @@ class TransactionTests(SynchronousTestCase):
 
     def test_capa(self) -> None:
         before, after = text(fresh().line(b"CAPA")), text(opened([]).line(b"CAPA"))
-        for name in (b"TOP", b"UIDL", b"RESP-CODES", b"AUTH-RESP-CODE", b"PIPELINING", b"UTF8"):
+        for name in (
+            b"TOP",
+            b"UIDL",
+            b"RESP-CODES",
+            b"AUTH-RESP-CODE",
+            b"PIPELINING",
+            b"UTF8 USER",
+        ):
             for capa in (before, after):
                 self.assertIn(b"\r\n" + name + b"\r\n", capa)
         self.assertIn(b"\r\nIMPLEMENTATION Popdrop", after)

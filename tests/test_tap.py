@@ -56,6 +56,7 @@ class OptionTests(TapCase):
             (("--listen", "tls:/nonexistent.pem:995"), "/nonexistent.pem"),
             (("--auth", "nonsense:x"), "--auth nonsense:x"),
             (("--auth", "anonymous"), "--auth anonymous"),
+            (("--auth", "memory:bob:secret"), "--auth memory:bob:secret"),
             (("--store", "nonsense:/x"), "--store nonsense:/x"),
             (("--store", "mbox:/x/{user}:nonsense=1"), "nonsense"),
             (("--store", "mbox"), "mbox"),
