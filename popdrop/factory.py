@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable
-from typing import Final
+from typing import Any, Final, cast
 
 from twisted.cred.portal import Portal
-from twisted.internet.interfaces import IReactorTime
+from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import deferLater
 
@@ -63,6 +63,17 @@ class POP3Factory(ServerFactory):
         self.holders: dict[bytes, POP3Protocol] = {} if holders is None else holders
         self.protocols: set[POP3Protocol] = set()
         self.stopping = False
+        self.inherits_options = False
+        """Whether the listening socket hands TCP_NODELAY and keepalive on to its connections."""
+        self._local: IAddress | None = None
+
+    def local(self, transport: Any) -> IAddress:
+        """Our own address, of which the port counts: the same for all connections."""
+        if not self.trusted_address:
+            return cast("IAddress", transport.getHost())
+        if self._local is None:
+            self._local = transport.getHost()
+        return self._local
 
     def challenge(self) -> bytes:
         """A msg-id of 128 random bits (RFC 1939 section 7), `b""` where no checker does APOP."""

@@ -81,6 +81,10 @@ class IBlockingMaildrop(Interface):
     """One maildrop of a blocking store. Calls come one after another, from any thread."""
 
     listing: Listing = Attribute("As `IMaildrop.listing`.")
+    quick_release: bool = Attribute(
+        "Whether `release` does no more than close descriptors that hold nothing unwritten, so that"
+        " it may be called in the reactor."
+    )
 
     def identify() -> None:
         """As `IMaildrop.identify`: replaces `listing` by one with ids. May raise `Busy`."""

@@ -227,6 +227,10 @@ class ThreadedDrop:
 
     def release(self) -> Deferred[None]:
         """As `IMaildrop.release`."""
+        if self._released is None and self._in_flight is None and self._drop.quick_release:
+            self._released = succeed(None)
+            self._drop.release()
+            return self._released
         if self._released is None:
             released: Deferred[None] = Deferred()
             self._released = released

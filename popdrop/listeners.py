@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import socket
 from dataclasses import dataclass
+from functools import lru_cache
 from ipaddress import ip_address
 from typing import Any, cast
 
@@ -143,13 +144,21 @@ def peer_facts(peer: IAddress, local: IAddress | None = None, trusted: bool = Tr
     ours = local.port if isinstance(local, IPv4Address | IPv6Address) else None
     if not isinstance(peer, IPv4Address | IPv6Address):
         return PeerFacts(address_trusted=False, local_port=ours)
-    host = normalised(peer.host)
-    try:
-        ip_address(host.partition("%")[0])
-    except ValueError:
-        # A PROXY header may hold anything; it is not an address, and is not to be logged.
+    address = _address(peer.host)
+    if address is None:
         return PeerFacts(address_trusted=False, local_port=ours)
-    return PeerFacts(host, trusted, peer.port, ours)
+    return PeerFacts(address, trusted, peer.port, ours)
+
+
+@lru_cache(maxsize=4096)
+def _address(host: str) -> str | None:
+    """The address in its one form. A PROXY header may hold anything: `None` if it is none."""
+    address = normalised(host)
+    try:
+        ip_address(address.partition("%")[0])
+    except ValueError:
+        return None
+    return address
 
 
 def _tcp(reactor: object, option: str, text: str, scheme: str, spec: Spec) -> Listener:

@@ -21,6 +21,7 @@ from twisted.cred.portal import Portal
 from twisted.internet.address import UNIXAddress
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.internet.interfaces import (
+    IAddress,
     IDelayedCall,
     IHalfCloseableProtocol,
     IPushProducer,
@@ -104,6 +105,10 @@ class Home(typing.Protocol):
     holders: dict[bytes, POP3Protocol]
     protocols: set[POP3Protocol]
     stopping: bool
+    inherits_options: bool
+
+    def local(self, transport: Any) -> IAddress:
+        """Our own address."""
 
     def challenge(self) -> bytes:
         """A fresh APOP challenge, `b""` where APOP is off."""
@@ -157,11 +162,12 @@ class POP3Protocol(Protocol):
         if factory.stopping or not self._admit():
             self._turn_away()
             return
-        try:
-            self.transport.setTcpNoDelay(True)
-            self.transport.setTcpKeepAlive(True)
-        except AttributeError:
-            pass  # a Unix socket or standard input
+        if not factory.inherits_options:
+            try:
+                self.transport.setTcpNoDelay(True)
+                self.transport.setTcpKeepAlive(True)
+            except AttributeError:
+                pass  # a Unix socket or standard input
         self._registered = True
         self.transport.registerProducer(self, True)
         self.transport.write(self._session.greeting())
@@ -189,13 +195,13 @@ class POP3Protocol(Protocol):
         """
         self._met = True
         transport = self.transport
-        facts = peer_facts(transport.getPeer(), transport.getHost(), self.factory.trusted_address)
+        peer = transport.getPeer()
+        facts = peer_facts(peer, self.factory.local(transport), self.factory.trusted_address)
         if self._session.secured:
             version, cipher = tls_facts(transport)
             facts = replace(facts, tls_version=version, tls_cipher=cipher)
         self._facts = facts
         self._session.met(self._facts)
-        peer = transport.getPeer()
         if self._address is NOBODY and facts.address is not None:
             self.factory.throttle.leave(self._address)
             self._address = peer
@@ -253,7 +259,9 @@ class POP3Protocol(Protocol):
             self._registered = False
             self.transport.unregisterProducer()
         self.transport.loseConnection()
-        self._rearm()
+        if self._choked or self._session.secured:
+            # TLS waits for the peer's own closing, and a full transport for its reading.
+            self._rearm()
 
     def shut_down(self) -> None:
         """The server stops: say so and close, unless an effect is in progress."""
@@ -482,8 +490,7 @@ class POP3Protocol(Protocol):
         self._flush(out)
         effect = Deferred.fromCoroutine(coroutine)
         self._effect = effect
-        effect.addErrback(self._crashed)
-        effect.addCallback(self._performed)
+        effect.addCallbacks(self._performed, self._crashed)
 
     def _performed(self, _: object) -> None:
         self._effect = None

@@ -247,7 +247,6 @@ class _TwistedLog:
             session_event=record.event,
             user=escaped(record.user),
             address=record.peer.address,
-            mechanism=_mechanism(record),
             reason=record.reason,
             duration=record.duration,
             tally=record.tally,

@@ -38,6 +38,9 @@ _OTHER_PROTOCOL = re.compile(rb"(?i)(?:GET|POST|PUT|HEAD|EHLO|HELO|OPTIONS|CONNE
 """A first line that shows a confused or forced client (the ALPACA attacks)."""
 
 
+_EMPTY: Final = Listing(())
+
+
 class State(enum.Enum):
     """RFC 1939 section 3."""
 
@@ -138,7 +141,7 @@ class Session:
         self._exchange: Exchange | None = None
         self._named = False
         self._wanted_uid: int | None = None
-        self._listing = Listing(())
+        self._listing = _EMPTY
         self._deleted: set[int] = set()
         self._deleted_octets = 0
         self._last = 0

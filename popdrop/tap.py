@@ -105,6 +105,16 @@ def _is_local(listener: listeners.Listener) -> bool:
         return False
 
 
+def _set_options(port: Any) -> bool:
+    """Set on a listening TCP socket what its connections inherit (tcp(7)); `False`: it has none."""
+    listening = getattr(port, "socket", None)
+    if listening is None or listening.family not in (socket.AF_INET, socket.AF_INET6):
+        return False
+    listening.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    return True
+
+
 def _allow_many_files() -> None:
     # A session needs three: its socket, its spool and its session lock.
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
@@ -405,6 +415,7 @@ class Popdrop(Service):
             if not isinstance(port, Failure):
                 self._listeners.append(listener)
                 self._ports.append(port)
+                factory.inherits_options = _set_options(port)
                 continue
             if self._default_listeners and "\\:" in listener.text.rpartition("interface")[2]:
                 continue  # a machine without IPv6

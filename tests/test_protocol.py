@@ -372,13 +372,17 @@ class LimitTests(SynchronousTestCase):
         self.assertTrue(transport.disconnected)
 
     def test_a_closing_that_the_client_ignores_is_ended(self) -> None:
-        server = Server()
-        protocol, transport = server.connect()
-        protocol.dataReceived(b"QUIT\r\n")
-        self.assertTrue(transport.disconnecting)
-        self.assertFalse(transport.disconnected)
-        server.clock.advance(CLOSE_GRACE + 1)
-        self.assertTrue(transport.disconnected)
+        """Soon under TLS, where the peer must agree; else when its time would have been up."""
+        for tls, patience in ((True, CLOSE_GRACE), (False, 60)):
+            server = Server()
+            server.factory.implicit_tls = tls
+            protocol, transport = server.connect()
+            protocol.dataReceived(b"QUIT\r\n")
+            self.assertTrue(transport.disconnecting)
+            server.clock.advance(patience - 1)
+            self.assertFalse(transport.disconnected)
+            server.clock.advance(2)
+            self.assertTrue(transport.disconnected)
 
     def test_bad_commands_close(self) -> None:
         protocol, transport = Server().connect()

@@ -186,6 +186,8 @@ class MboxStore:
 class MboxDrop:
     """One spool, photographed. Made by `MboxStore.open`; `spool` is `None` where there is none."""
 
+    quick_release = True
+
     def __init__(self, store: MboxStore, session: SessionLock, spool: Spool | None) -> None:
         self._store = store
         self._session = session
