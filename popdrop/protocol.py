@@ -130,6 +130,7 @@ class POP3Protocol(Protocol):
         self._committing = False
         self._rows: Iterator[bytes] | None = None
         self._drop: IMaildrop | None = None
+        self._leaving: Any = None
         self._drained: Deferred[None] | None = None
         self._again: IDelayedCall | None = None
         self._spent = 0
@@ -456,15 +457,17 @@ class POP3Protocol(Protocol):
                 if body is not None:
                     self._spent += FETCH_COST + len(body) // 256
                     self._count_top(result, len(body))
-                    return self._session.fetching(result) + body
+                    out.append(self._session.fetching(result))
+                    return body
                 self._begin(out, self._fetch(result))
             case Login():
                 self._begin(out, self._login(result.credentials))
             case Identify():
                 self._begin(out, self._identify())
             case Commit():
-                self._committing = True
-                self._begin(out, self._commit(result))
+                if result.deleted or not self._leave(out):
+                    self._committing = True
+                    self._begin(out, self._commit(result))
             case StartTLS():
                 self._start_tls(result, out)
             case Hangup():
@@ -592,9 +595,9 @@ class POP3Protocol(Protocol):
             self._rows = answer
 
     async def _commit(self, commit: Commit) -> None:
-        drop = cast("IMaildrop", self._drop)
         try:
-            await drop.commit(commit.deleted)
+            if commit.deleted:
+                await cast("IMaildrop", self._drop).commit(commit.deleted)
             answer = self._session.committed()
         except PopdropError as error:
             log.error(
@@ -606,7 +609,7 @@ class POP3Protocol(Protocol):
             answer = cast("Hangup", self._session.failed(error))
         except Exception:
             answer = cast("Hangup", self._session.failed(internal_error("QUIT")))
-        released = self._release()
+        released = self._leaving or self._release()
         if released is not None:
             await released
         self._committing = False
@@ -615,6 +618,15 @@ class POP3Protocol(Protocol):
             self._finish()
         else:
             self._hang_up(answer.farewell, answer.reason)
+
+    def _leave(self, out: list[bytes]) -> bool:
+        """QUIT where nothing is deleted; `False` if the maildrop is not free at once."""
+        released = self._release()
+        if isinstance(released, Deferred) and released.called:
+            self._flush_and_hang_up(self._session.committed(), out)
+            return True
+        self._leaving = released
+        return False
 
     def _release(self) -> Any:
         drop, self._drop = self._drop, None
