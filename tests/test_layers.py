@@ -28,7 +28,7 @@ _TABLE = """
 4   certs session threads stores.mbox.drop stores.maildir
 4   accounts.importers accounts.system accounts.checkpassword
 3   sasl policy selfmade config accounts.database
-3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
+3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index stores.mbox.recovery
 2   credentials wire spec accounts.sqlitefile accounts.schema
 2   stores.template stores.mbox.scan stores.mbox.spool
 1   interfaces accounts.secrets stores.uidl stores.mbox.spans

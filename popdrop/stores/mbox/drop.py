@@ -24,11 +24,19 @@ from typing import Final
 from twisted.logger import Logger
 from zope.interface import implementer
 
-from popdrop.errors import Busy, ConfigError, PermanentFailure, TemporaryFailure
+from popdrop.errors import (
+    Busy,
+    ConfigError,
+    PermanentFailure,
+    PopdropError,
+    TemporaryFailure,
+)
 from popdrop.interfaces import IBlockingMaildrop, IBlockingStore, IStoreFactory
 from popdrop.listing import Listing
-from popdrop.stores.mbox.locks import KINDS, NoDotLock, SessionLock, SpoolLocks, sweep
+from popdrop.stores.mbox.journal import Journals, Leftover
+from popdrop.stores.mbox.locks import KINDS, DotLock, NoDotLock, SessionLock, SpoolLocks, sweep
 from popdrop.stores.mbox.recent import Photograph, Recent
+from popdrop.stores.mbox.recovery import MboxForm
 from popdrop.stores.mbox.scan import (
     BLOCK,
     FROM_LINE,
@@ -45,10 +53,8 @@ from popdrop.stores.mbox.spool import (
     Spool,
     is_settled,
     key_of,
-    move_down,
     open_spool,
     shows_changes,
-    truncate,
 )
 from popdrop.stores.template import Template
 from popdrop.stores.uidl import STRIPPED, MessageHash, text_of, unique_ids
@@ -73,6 +79,7 @@ NOT_WRITTEN: Final = "maildrop could not be rewritten"
 clock_ns: Callable[[], int] = time.time_ns
 """The clock that file times are held against."""
 
+_FORM: Final = MboxForm()
 _UID_TEXT: Final = 26
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
 _LASTING: Final = NO_RIGHT | {
@@ -138,6 +145,7 @@ class MboxStore:
         self.max_messages = max_messages
         self.max_octets = max_octets
         self.recent = Recent()
+        self.journals = Journals(state_dir)
 
     def open(self, owner: Owner) -> MboxDrop:
         """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
@@ -149,6 +157,7 @@ class MboxStore:
             spool = None
             try:
                 spool = open_spool(path, self._uids(owner))
+                self._recover(path, spool)
                 return MboxDrop(self, session, spool)
             except BaseException:
                 if spool:
@@ -156,16 +165,78 @@ class MboxStore:
                 session.release()
                 raise
 
+    def _recover(self, path: str, spool: Spool | None) -> None:
+        """Under the session lock: end what a crash has left unfinished, if anything was."""
+        journal = self.journals.of(path)
+        if not journal.pending():
+            return
+        if spool is None:
+            lock = DotLock(path)
+            if "dot" in self.locks and not lock.take():
+                raise Busy("spool")
+            try:
+                done = journal.recover(None, _FORM)
+            finally:
+                lock.release()
+        elif not spool.writable:
+            raise TemporaryFailure(
+                TRY_LATER, f"{path}: a journal waits, and the spool is read-only"
+            )
+        else:
+            with SpoolLocks(spool.fd, path, self.locks, True) as locks:
+                if not spool.is_at_path():
+                    raise Busy("spool")
+                done = journal.recover(spool.fd, _FORM, locks.refresh)
+                spool.opened = spool.stat()
+        for each in done:
+            log.warn(
+                "{path}: recovered from a crash: {outcome}{aside}",
+                path=path,
+                outcome=each.outcome.value,
+                aside=f", kept as {each.aside}" if each.aside else "",
+            )
+
     def tidy(self) -> None:
-        """As `IBlockingStore.tidy`: half-made dot-locks, where all spools lie in one folder."""
+        """As `IBlockingStore.tidy`: journals of a crash, and half-made dot-locks.
+
+        Where all spools lie in one folder; those in home folders wait for a login.
+        """
         folder = os.path.dirname(self._template.text)
+        folders = [self.journals.folder] + ([] if "{" in folder else [folder])
+        for each in folders:
+            with suppress(FileNotFoundError):
+                for leftover in self.journals.leftovers(each):
+                    self._tidy_one(leftover)
         if "{" not in folder:
             with suppress(OSError):
                 count = sweep(folder)
                 if count:
                     log.info(
-                        "{count} half-made locks removed from {folder}", count=count, folder=folder
+                        "{count} half-made locks removed from {path}", count=count, path=folder
                     )
+
+    def _tidy_one(self, leftover: Leftover) -> None:
+        path = leftover.spool
+        if leftover.kind == "orphan" or path is None:
+            log.warn("{path}: kept from a crash, for you to look at", path=leftover.path)
+            return
+        try:
+            with _told(path):
+                self._make_folder()
+                session = SessionLock(self._folder, path)
+                session.take()
+                spool = None
+                try:
+                    spool = open_spool(path, None)
+                    self._recover(path, spool)
+                finally:
+                    if spool:
+                        spool.close()
+                    session.release()
+        except Busy:
+            return  # whoever has it has seen to it, or the next login will
+        except PopdropError as error:
+            log.error("{path}: {detail}", path=leftover.path, detail=error.detail or error.text)
 
     def _make_folder(self) -> None:
         # Not before the first login: by then the rights of the start have been dropped.
@@ -433,9 +504,7 @@ class MboxDrop:
     def commit(self, deleted: Collection[int]) -> None:
         """As `IBlockingMaildrop.commit`.
 
-        All or nothing while no write fails and this process lives. Where kept messages have to
-        be moved, a crash in the middle can leave two overlapping halves: the journal (decisions
-        1 to 6) is to take the place of `move_down`.
+        All or nothing: over errors, a killed process and a power cut, by the journal.
         """
         rows = sorted(set(deleted))
         if not rows:
@@ -462,10 +531,9 @@ class MboxDrop:
         if not locks.held():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
         with _told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
-            if kept:
-                move_down(spool.fd, first, kept, locks.refresh)
-            else:
-                truncate(spool.fd, first)
+            self._store.journals.of(spool.path).replace_tail(
+                spool.fd, first, kept, found.st_size, locks.refresh, locks.held
+            )
         self._set_times(has_new_mail=found.st_size > self._spans.end or self._had_new_mail)
 
     def _agree(

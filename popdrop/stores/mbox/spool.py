@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from typing import Final
 
@@ -14,7 +14,7 @@ from popdrop.errors import PermanentFailure
 UNSAFE: Final = "maildrop is not a plain file of its user"
 
 COPY_BLOCK: Final = 1 << 20
-"""Octets to move at a time."""
+"""Octets to read at a time for a hash."""
 
 NO_RIGHT: Final = frozenset({errno.EACCES, errno.EPERM, errno.EROFS})
 
@@ -141,32 +141,3 @@ def _check(path: str, found: os.stat_result, uids: frozenset[int] | None) -> Non
         fault = f"belongs to uid {found.st_uid}, not {' or '.join(map(str, sorted(uids)))}"
     if fault:
         raise PermanentFailure(UNSAFE, f"{path} {fault}")
-
-
-def move_down(
-    fd: int, first: int, kept: list[tuple[int, int]], refresh: Callable[[], None]
-) -> None:
-    """Replace all from offset `first` by the ranges `kept` of the same file, and sync it.
-
-    Each range lies behind the place it goes to. Needs no space on most file systems. Not safe
-    against a crash: some of the octets are there twice, and some no more, while it runs.
-    """
-    for start, stop in kept:
-        while start < stop:
-            block = memoryview(os.pread(fd, min(COPY_BLOCK, stop - start), start))
-            if not block:
-                raise OSError(errno.EIO, "file became shorter while it was locked")
-            start += len(block)
-            while block:
-                written = os.pwrite(fd, block, first)
-                first += written
-                block = block[written:]
-            refresh()
-    os.fsync(fd)
-    truncate(fd, first)
-
-
-def truncate(fd: int, size: int) -> None:
-    """Cut the file off at `size` octets and sync it: one step, there or not after a crash."""
-    os.ftruncate(fd, size)
-    os.fsync(fd)

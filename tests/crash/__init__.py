@@ -1,0 +1,1 @@
+"""Crash campaigns: kills, power cuts and errors at every file call."""
