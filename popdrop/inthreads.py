@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Collection
 from functools import partial
 from itertools import count
 from random import SystemRandom
-from typing import Any, Final, TypeVar, cast
+from typing import Any, Final, TypeVar
 
 from twisted.internet.defer import Deferred, succeed
 from twisted.internet.interfaces import IReactorTime
@@ -219,8 +219,7 @@ class ThreadedDrop:
             # Not every file system can say what is in memory (tmpfs on older kernels, NFS).
             self._nowait = error.errno == errno.EAGAIN
             return None
-        # Not copied once more: whoever takes it reads it only.
-        return cast("bytes", block if count == length else block[:count])
+        return bytes(block) if count == length else bytes(block[:count])
 
     async def fetch(self, index: int, lines: int | None) -> IBlocks:
         """As `IMaildrop.fetch`."""

@@ -176,6 +176,8 @@ class Transport(StringTransport):
         self.writes: list[bytes] = []
 
     def write(self, data: bytes) -> None:
+        if type(data) is not bytes:
+            raise TypeError("Data must be bytes")  # as real transports do
         if data:
             self.writes.append(bytes(data))
         super().write(data)

@@ -46,6 +46,7 @@ class InThreadsTests(TestCase):
         blocks = await drop.fetch(index, lines)
         out = []
         while block := await blocks.read():
+            self.assertIs(type(block), bytes)  # transports take nothing else
             out.append(block)
         blocks.close()
         return b"".join(out)
