@@ -34,14 +34,19 @@ class Pool:
         self._most = threads
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
+        self._free = 0  # threads that wait and for which no work is in the queue
+        self._backlog = 0  # work in the queue for which there is no thread
         self._started = False
         self._done: list[tuple[Deferred[Any], Any]] = []
         self._guard = threading.Lock()
 
     def start(self) -> None:
         """From now on threads are made as work comes, up to the bound. Not before a fork."""
-        self._started = True
-        self._grow()
+        with self._guard:
+            self._started = True
+            while self._backlog and len(self._threads) < self._most:
+                self._backlog -= 1
+                self._add_thread()
 
     def stop(self) -> None:
         """Let the work in progress end, then the threads. Blocks until both have.
@@ -54,6 +59,7 @@ class Pool:
         for thread in self._threads:
             thread.join()
         self._threads.clear()
+        self._free = 0
         self._fire()
 
     def run(self, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Deferred[T]:
@@ -63,36 +69,46 @@ class Pool:
         interrupted.
         """
         done: Deferred[T] = Deferred()
+        with self._guard:
+            # A thread is made only where none waits: few of them serve many short works, and the
+            # fewer there are the less they take the interpreter from the reactor.
+            if self._free:
+                self._free -= 1
+            elif self._started and len(self._threads) < self._most:
+                self._add_thread()
+            else:
+                self._backlog += 1
         if args or kwargs:
             self._queue.put((done, lambda: work(*args, **kwargs)))
         else:
             self._queue.put((done, work))
-        self._grow()
         return done
 
-    def _grow(self) -> None:
-        # One more thread than needed may be made, never one too few: what waits is seen here
-        # even if a thread is just about to take it.
-        if self._started and self._queue.qsize() and len(self._threads) < self._most:
-            thread = threading.Thread(
-                target=self._work, name=f"{self._name}-{len(self._threads)}", daemon=True
-            )
-            self._threads.append(thread)
-            thread.start()
+    def _add_thread(self) -> None:
+        name = f"{self._name}-{len(self._threads)}"
+        thread = threading.Thread(target=self._work, name=name, daemon=True)
+        self._threads.append(thread)
+        thread.start()
 
     def _work(self) -> None:
         while (item := self._queue.get()) is not None:
             done, work = item
-            if done.called:
-                continue  # nobody waits for it any more: a login that was given up costs no hash
-            result: Any
-            try:
-                result = work()
-            except BaseException:
-                result = Failure()  # type: ignore[no-untyped-call]
+            result: Any = None
+            # Where nobody waits any more, nothing is done: a login given up costs no hash.
+            wanted = not done.called
+            if wanted:
+                try:
+                    result = work()
+                except BaseException:
+                    result = Failure()  # type: ignore[no-untyped-call]
             with self._guard:
-                first = not self._done
-                self._done.append((done, result))
+                first = wanted and not self._done
+                if wanted:
+                    self._done.append((done, result))
+                if self._backlog:
+                    self._backlog -= 1
+                else:
+                    self._free += 1
             if first:
                 self._reactor.callFromThread(self._fire)
             del item, done, work, result  # an idle thread keeps nothing alive

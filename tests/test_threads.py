@@ -39,6 +39,25 @@ class PoolTests(TestCase):
         seen = await gatherResults([pool.run(threading.get_ident) for _ in range(200)])
         self.assertLessEqual(len(set(seen)), 3)
 
+    async def test_short_works_share_a_thread(self) -> None:
+        pool = self.pool(8)
+        for _ in range(50):
+            await pool.run(lambda: None)
+        self.assertEqual(sum(t.name.startswith("test-") for t in threading.enumerate()), 1)
+
+    async def test_any_mix_is_done(self) -> None:
+        """More work than threads, some of it given up: all that is wanted is done, at any size."""
+        for threads in (1, 2, 5):
+            pool = self.pool(threads)
+            for count in (1, threads, 3 * threads, 40):
+                done: list[int] = []
+                waiting = [pool.run(done.append, number) for number in range(count)]
+                for each in waiting[1::3]:
+                    each.addErrback(lambda failure: failure.trap(CancelledError))
+                    each.cancel()
+                await gatherResults(waiting)
+                self.assertLessEqual({n for n in range(count) if n % 3 != 1}, set(done))
+
     async def test_work_behind_long_work_gets_a_thread(self) -> None:
         pool = self.pool(2)
         release = threading.Event()
@@ -50,13 +69,15 @@ class PoolTests(TestCase):
     async def test_cancelled(self) -> None:
         """The waiting ends, the work goes on, and its late result harms nobody."""
         pool = self.pool(1)
-        release, ended = threading.Event(), threading.Event()
+        begun, release, ended = threading.Event(), threading.Event(), threading.Event()
 
         def work() -> None:
+            begun.set()
             release.wait(60)
             ended.set()
 
         waiting = pool.run(work)
+        begun.wait(60)
         waiting.cancel()
         with self.assertRaises(CancelledError):
             await waiting
