@@ -58,6 +58,9 @@ CERTIFICATE_SECONDS: Final = 60.0
 """Seconds between two looks at the certificates' files."""
 ENDINGS: Final = ("", "-wal", "-shm", ".key")
 """Of the files that make an accounts database."""
+SWITCH_SECONDS: Final = 0.001
+"""How long a thread that scans a spool may keep the interpreter from the reactor; Python's own
+interval is 5 ms, and a turn of the reactor may have to wait for it several times."""
 LOOK_EVERY: Final = 1.0
 """Seconds until the modes of the accounts database are looked at again: 17 us a look."""
 HASH_THREADS: Final = 2
@@ -470,6 +473,7 @@ class Popdrop(Service):
         """Serve."""
         super().startService()  # type: ignore[no-untyped-call]
         self._listen()
+        sys.setswitchinterval(SWITCH_SECONDS)
         for pool in self._pools:
             pool.start()
         if self._tidy is not None:

@@ -149,6 +149,28 @@ class StoreTests(SynchronousTestCase):
         self.visit()
         self.assertGreaterEqual(self.scans, 2)
 
+    def test_a_spool_that_settles_in_a_session_is_kept(self) -> None:
+        """Mail that came a moment before a login costs one reading, not two."""
+        for identify in (True, False):
+            self.write(mail(1) + mail(2), age=1)
+            self.scans = 0
+            maildrop = self.store.open(Owner("bob"))
+            self.patch(drop, "clock_ns", lambda: time.time_ns() + 10**11)
+            if identify:
+                maildrop.identify()
+            maildrop.release()
+            self.assertEqual(self.visit()[0], 2)
+            self.assertEqual(self.scans, 1)
+
+    def test_but_not_if_it_was_written_meanwhile(self) -> None:
+        self.write(mail(1) + mail(2), age=1)
+        maildrop = self.store.open(Owner("bob"))
+        with open(self.path, "ab") as file:
+            file.write(mail(3))
+        self.patch(drop, "clock_ns", lambda: time.time_ns() + 10**11)
+        maildrop.release()
+        self.assertEqual(self.visit()[0], 3)
+
     def test_deleting_from_a_recalled_photograph(self) -> None:
         self.write(mail(1) + mail(2) + mail(3), age=100)
         self.visit()

@@ -309,6 +309,14 @@ class MboxDrop:
             photograph = Photograph(self._key, self._spans, self.listing)
             self._store.recent.put(self._spool.path, photograph)
 
+    def _settle(self) -> None:
+        """What was too young to be kept when it was photographed may be old enough now."""
+        if self._settled or self._believed is None:
+            return
+        found = self._spool.stat()
+        if key_of(found) == self._believed and found.st_size == self._spans.end:
+            self._settled = is_settled(found, clock_ns())
+
     def _look_at_times(self, found: os.stat_result) -> None:
         self._atime = found.st_atime_ns
         self._had_new_mail = found.st_atime_ns <= found.st_mtime_ns
@@ -472,10 +480,11 @@ class MboxDrop:
             self.listing = self.listing.with_ids([])
             return
         with _told(self._spool.path):
-            digests = self._digests() if self._settled else []
-            if not self._settled or key_of(self._spool.stat()) != self._key:
+            digests = self._digests() if self._believed else []
+            if not self._believed or key_of(self._spool.stat()) != self._believed:
                 digests = self._digests_locked()
         self.listing = self.listing.with_ids(unique_ids(digests))
+        self._settle()
         self._keep()
 
     def _digests(self, refresh: Refresh = lambda: None) -> list[bytes]:
@@ -618,7 +627,11 @@ class MboxDrop:
 
     def release(self) -> None:
         """As `IBlockingMaildrop.release`."""
-        if self._maybe_spool:
+        if self._maybe_spool and self._maybe_spool.fd >= 0:
+            if not self._settled:
+                with suppress(OSError):
+                    self._settle()
+                    self._keep()
             self._maybe_spool.close()
         self._session.release()
 
