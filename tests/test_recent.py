@@ -10,9 +10,11 @@ from array import array
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from popdrop.errors import TemporaryFailure
 from popdrop.listing import Listing
 from popdrop.stores.mbox import drop
 from popdrop.stores.mbox.drop import MboxStore
+from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import Spans
 from popdrop.values import Owner
@@ -170,6 +172,26 @@ class StoreTests(SynchronousTestCase):
         self.patch(drop, "clock_ns", lambda: time.time_ns() + 10**11)
         maildrop.release()
         self.assertEqual(self.visit()[0], 3)
+
+    def test_an_update_that_failed_is_not_forgotten(self) -> None:
+        """A journal that waits is seen by the next login, though the spool is as it was."""
+        self.write(mail(1) + mail(2) + mail(3), age=100)
+        self.visit()
+        files = Files()
+
+        def fail(*args: object) -> int:
+            raise OSError(5, "why")
+
+        whole = self.store.journals
+        self.store.journals = Journals(self.folder, files)
+        maildrop = self.store.open(Owner("bob"))
+        files.ftruncate = fail  # type: ignore[method-assign, assignment]
+        self.assertRaises(TemporaryFailure, maildrop.commit, {0})
+        maildrop.release()
+        self.store.journals = whole
+        self.assertEqual(self.visit()[0], 2)
+        with open(self.path, "rb") as file:
+            self.assertEqual(file.read(), mail(2) + mail(3))
 
     def test_deleting_from_a_recalled_photograph(self) -> None:
         self.write(mail(1) + mail(2) + mail(3), age=100)

@@ -151,13 +151,15 @@ class MboxStore:
         """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
         path = self._template.path(owner)
         with _told(path):
-            self._make_folder()
-            session = SessionLock(self._folder, path)
-            session.take()
+            session = self._hold(path)
             spool = None
             try:
                 spool = open_spool(path, self._uids(owner))
-                self._recover(path, spool)
+                # A spool that is as this process has seen it needs no look at its journal: it
+                # would have been forgotten if an update of ours had failed, and over another
+                # process's journal nothing is written.
+                if spool is None or not self.recent.get(path, key_of(spool.opened)):
+                    self._recover(path, spool)
                 return MboxDrop(self, session, spool)
             except BaseException:
                 if spool:
@@ -222,9 +224,7 @@ class MboxStore:
             return
         try:
             with _told(path):
-                self._make_folder()
-                session = SessionLock(self._folder, path)
-                session.take()
+                session = self._hold(path)
                 spool = None
                 try:
                     spool = open_spool(path, None)
@@ -238,12 +238,17 @@ class MboxStore:
         except PopdropError as error:
             log.error("{path}: {detail}", path=leftover.path, detail=error.detail or error.text)
 
-    def _make_folder(self) -> None:
-        # Not before the first login: by then the rights of the start have been dropped.
-        if not os.path.isdir(self._folder):
+    def _hold(self, path: str) -> SessionLock:
+        session = SessionLock(self._folder, path)
+        try:
+            session.take()
+        except FileNotFoundError:
+            # Made at the first login: by then the rights of the start have been dropped.
             os.makedirs(os.path.dirname(self._folder), 0o700, exist_ok=True)
             with suppress(FileExistsError):
                 os.mkdir(self._folder, 0o700)
+            session.take()
+        return session
 
     def _uids(self, owner: Owner) -> frozenset[int] | None:
         """Whose files are accepted as the owner's spool; `None` is anybody's."""
@@ -272,6 +277,7 @@ class MboxDrop:
         self._atime = 0
         self._had_new_mail = False
         self._verified: dict[int, Key] = {}
+        self._committed = False
         if spool:
             if not spool.writable:
                 self._read_only = f"{spool.path}: no right to write it"
@@ -540,6 +546,8 @@ class MboxDrop:
         if not locks.held():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
         with _told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
+            self._committed = True
+            self._store.recent.forget(spool.path)
             self._store.journals.of(spool.path).replace_tail(
                 spool.fd, first, kept, found.st_size, locks.refresh, locks.held
             )
@@ -628,7 +636,7 @@ class MboxDrop:
     def release(self) -> None:
         """As `IBlockingMaildrop.release`."""
         if self._maybe_spool and self._maybe_spool.fd >= 0:
-            if not self._settled:
+            if not self._settled and not self._committed:
                 with suppress(OSError):
                     self._settle()
                     self._keep()

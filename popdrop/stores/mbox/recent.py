@@ -63,6 +63,11 @@ class Recent:
             while self._count > self._messages or len(self._known) > self._spools:
                 self._drop(next(iter(self._known)))
 
+    def forget(self, path: str) -> None:
+        """What is known of it is not to be believed any more."""
+        with self._guard:
+            self._drop(path)
+
     def _drop(self, path: str) -> None:
         known = self._known.pop(path, None)
         if known is not None:
