@@ -15,6 +15,8 @@ from popdrop.interfaces import ISessionLog, IThrottle
 from popdrop.policy import Policy, Timing
 from popdrop.protocol import POP3Protocol
 
+CHALLENGE_OCTETS: Final = 16
+"""Random octets of a challenge: 128 bits. Fetched for many at a time, used once each."""
 STOP_STEP: Final = 0.05
 """Seconds between two looks at the connections that are left when the server stops."""
 
@@ -66,6 +68,7 @@ class POP3Factory(ServerFactory):
         self.inherits_options = False
         """Whether the listening socket hands TCP_NODELAY and keepalive on to its connections."""
         self._local: IAddress | None = None
+        self._random = b""
 
     def local(self, transport: Any) -> IAddress:
         """Our own address, of which the port counts: the same for all connections."""
@@ -79,7 +82,10 @@ class POP3Factory(ServerFactory):
         """A msg-id of 128 random bits (RFC 1939 section 7), `b""` where no checker does APOP."""
         if not self.policy.apop:
             return b""
-        stamp = f"<{secrets.token_hex(16)}.{int(self.clock.seconds())}@{self.policy.hostname}>"
+        if len(self._random) < CHALLENGE_OCTETS:
+            self._random = secrets.token_bytes(256 * CHALLENGE_OCTETS)
+        octets, self._random = self._random[:CHALLENGE_OCTETS], self._random[CHALLENGE_OCTETS:]
+        stamp = f"<{octets.hex()}.{int(self.clock.seconds())}@{self.policy.hostname}>"
         return stamp.encode("ascii", "replace")
 
     def forget(self, protocol: POP3Protocol) -> None:

@@ -647,9 +647,9 @@ class POP3Protocol(Protocol):
     async def _login(self, credentials: ApopCredentials | Cleartext) -> None:
         clock, throttle = self.factory.clock, self.factory.throttle
         received = clock.seconds()
-        ticket = await throttle.attempt(
-            self._address, credentials.username, credentials.proof(self.factory.proof_key)
-        )
+        # Where no failure is ever delayed, none need be recognised.
+        proof = credentials.proof(self.factory.proof_key) if throttle.floor else None
+        ticket = await throttle.attempt(self._address, credentials.username, proof)
         outcome = "bad"
         try:
             drop = await self._opened(credentials)

@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
+from functools import lru_cache
 from queue import SimpleQueue
 from typing import Final
 
@@ -52,6 +53,7 @@ _UNSAFE = re.compile(rb"[^!#-&(-\[\]-~]")
 Emitter = Callable[[SessionRecord], str | None]
 
 
+@lru_cache(maxsize=4096)
 def escaped(octets: bytes | None) -> str:
     r"""What a client sent, fit for a log: at most 64 octets of it, anything unusual as `\xNN`.
 

@@ -6,6 +6,7 @@ else.
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -58,6 +59,8 @@ CERTIFICATE_SECONDS: Final = 60.0
 """Seconds between two looks at the certificates' files."""
 ENDINGS: Final = ("", "-wal", "-shm", ".key")
 """Of the files that make an accounts database."""
+GARBAGE_OBJECTS: Final = 10_000
+"""New objects after which garbage is looked for: sessions make little of it, in cycles."""
 SWITCH_SECONDS: Final = 0.001
 """How long a thread that scans a spool may keep the interpreter from the reactor; Python's own
 interval is 5 ms, and a turn of the reactor may have to wait for it several times."""
@@ -186,7 +189,8 @@ class Popdrop(Service):
         self._hash_pool = self._pool("popdrop-hash", HASH_THREADS)
         checkers = self._checkers()
         tls = self._stls_certificates()
-        chain = Chain(checkers)
+        # One needs no chain: that it does not know somebody is a refusal like any other.
+        chain = checkers[0] if len(checkers) == 1 else Chain(checkers)
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
         apop = IUsernameHashedPassword in kinds
         if options["apop-only"] and not apop:
@@ -474,6 +478,10 @@ class Popdrop(Service):
         super().startService()  # type: ignore[no-untyped-call]
         self._listen()
         sys.setswitchinterval(SWITCH_SECONDS)
+        # What is there now stays: no need to look through it again and again for garbage.
+        gc.collect()
+        gc.freeze()
+        gc.set_threshold(GARBAGE_OBJECTS)
         for pool in self._pools:
             pool.start()
         if self._tidy is not None:

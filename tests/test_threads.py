@@ -45,6 +45,15 @@ class PoolTests(TestCase):
             await pool.run(lambda: None)
         self.assertEqual(sum(t.name.startswith("test-") for t in threading.enumerate()), 1)
 
+    async def test_threads_that_are_not_needed_end(self) -> None:
+        pool = self.pool(4)
+        meeting = threading.Barrier(4)
+        await gatherResults([pool.run(meeting.wait, 60) for _ in range(4)])
+        while True:
+            await pool.run(lambda: None)
+            if sum(t.name.startswith("test-") for t in threading.enumerate()) == 1:
+                break
+
     async def test_any_mix_is_done(self) -> None:
         """More work than threads, some of it given up: all that is wanted is done, at any size."""
         for threads in (1, 2, 5):
