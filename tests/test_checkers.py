@@ -24,7 +24,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import Interface, implementer
 from zope.interface.verify import verifyObject
 
-from popdrop.accounts.checkers import AccountsChecker, Chain, make_accounts
+from popdrop.accounts.checkers import AccountsChecker, Chain
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, ApopCredentials, Cleartext
@@ -81,7 +81,7 @@ class CheckerCase(SynchronousTestCase):
         os.mkdir(folder, 0o700)
         self.path = os.path.join(folder, "accounts.db")
         AccountsDatabase.create(self.path)
-        self.accounts = make_accounts(self.path)
+        self.accounts = AccountsDatabase(self.path)
         self.addCleanup(self.accounts.close)
         self.lookups, self.hashes, self.hasher = Hops(), Hops(), CountingHasher()
         self.checker = self.make(True)
@@ -114,8 +114,8 @@ class AccountsCheckerTests(CheckerCase):
         )
         self.assertEqual(list(self.make(False).credentialInterfaces), [IUsernamePassword])
 
-    def test_make_accounts(self) -> None:
-        self.assertRaises(ConfigError, make_accounts, self.path + ".missing")
+    def test_missing_database(self) -> None:
+        self.assertRaises(ConfigError, AccountsDatabase, self.path + ".missing")
 
     def test_password(self) -> None:
         self.accounts.add(b"bob", Secret(b"hunter2"))
@@ -219,7 +219,7 @@ class AccountsCheckerTests(CheckerCase):
         self.accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
         self.accounts.close()
         os.unlink(self.path + ".key")
-        self.accounts = make_accounts(self.path)
+        self.accounts = AccountsDatabase(self.path)
         self.addCleanup(self.accounts.close)
         self.checker = self.make(True)
         for guess in (b"tanstaaf", b"", b"\0" * 16):

@@ -15,7 +15,6 @@ from twisted.internet.defer import Deferred, maybeDeferred
 from zope.interface import implementer
 from zope.interface.interface import InterfaceClass
 
-from popdrop.accounts.database import AccountsDatabase
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, prepared
 from popdrop.errors import BadCredentials, NoSuchUser, NoVerifierOfThisKind, TemporaryFailure
@@ -26,11 +25,6 @@ from popdrop.values import Account, Verified
 # What an APOP digest is compared with where there is no secret: octets that no client can know to
 # be right, since the result is thrown away.
 _DECOY = b"\0" * 16
-
-
-def make_accounts(path: str) -> AccountsDatabase:
-    """What `--auth accounts:FILE` names. Raises `ConfigError`."""
-    return AccountsDatabase(path)
 
 
 @implementer(ICredentialsChecker)
