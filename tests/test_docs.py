@@ -30,7 +30,7 @@ from popdrop.cli.main import popdrop
 from popdrop.errors import ConfigError
 from popdrop.policy import network
 from popdrop.spec import parse
-from popdrop.stores.mbox.drop import MboxFactory
+from popdrop.stores.mbox.store import MboxFactory
 from popdrop.stores.template import FIELDS
 from popdrop.tap import Options
 from tests.end_to_end.harness import DEADLINE, ROOT, Twistd, environment

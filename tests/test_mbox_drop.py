@@ -32,8 +32,9 @@ from popdrop.interfaces import IBlockingMaildrop, IStoreFactory
 from popdrop.stores.mbox import drop as drop_module
 from popdrop.stores.mbox import locks as locks_module
 from popdrop.stores.mbox import spool as spool_module
-from popdrop.stores.mbox.drop import CORRUPT, MboxDrop, MboxFactory, MboxStore, plan
+from popdrop.stores.mbox.drop import CORRUPT, MboxDrop, plan
 from popdrop.stores.mbox.journal import Files, Journals
+from popdrop.stores.mbox.store import MboxFactory, MboxStore
 from popdrop.stores.template import Template
 from popdrop.testing import StoreContract, as_sent
 from popdrop.values import Owner

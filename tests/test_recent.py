@@ -13,10 +13,10 @@ from twisted.trial.unittest import SynchronousTestCase
 from popdrop.errors import TemporaryFailure
 from popdrop.listing import Listing
 from popdrop.stores.mbox import drop
-from popdrop.stores.mbox.drop import MboxStore
 from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import Spans
+from popdrop.stores.mbox.store import MboxStore
 from popdrop.values import Owner
 from tests.end_to_end.harness import mail
 

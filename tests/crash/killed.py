@@ -11,8 +11,8 @@ import signal
 import sys
 from typing import Any
 
-from popdrop.stores.mbox.drop import MboxStore
 from popdrop.stores.mbox.journal import Files, Journals
+from popdrop.stores.mbox.store import MboxStore
 from popdrop.values import Owner
 
 

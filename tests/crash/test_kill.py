@@ -11,7 +11,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
-from popdrop.stores.mbox.drop import MboxStore
+from popdrop.stores.mbox.store import MboxStore
 from popdrop.values import Owner
 from tests.crash import killed
 from tests.end_to_end.harness import DEADLINE, ROOT, environment, mail

@@ -16,7 +16,7 @@ class _Mbox:
     help = "mbox:TEMPLATE: spools of one file a user, as mbox:/var/mail/{user}."
 
     def make(self, reactor: object, state_dir: str, *args: str, **kwargs: str) -> object:
-        from popdrop.stores.mbox.drop import MboxFactory
+        from popdrop.stores.mbox.store import MboxFactory
 
         return MboxFactory().make(reactor, state_dir, *args, **kwargs)
 

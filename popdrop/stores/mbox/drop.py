@@ -1,4 +1,4 @@
-"""The mbox store, its maildrops, and the factory for `--store mbox:...`.
+"""One mbox spool as a maildrop: photographed, read, identified, shortened.
 
 A maildrop is photographed under both spool locks and then read without any; before anything is
 believed or written again, the file is compared with the photograph (decisions 7 to 14). The spool
@@ -12,36 +12,31 @@ from __future__ import annotations
 
 import errno
 import os
-import pwd
 import re
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Final
+from typing import Final, Protocol
 
 from twisted.logger import Logger
 from zope.interface import implementer
 
 from popdrop.errors import (
     Busy,
-    ConfigError,
     PermanentFailure,
-    PopdropError,
     TemporaryFailure,
 )
-from popdrop.interfaces import IBlockingMaildrop, IBlockingStore, IStoreFactory
+from popdrop.interfaces import IBlockingMaildrop
 from popdrop.listing import Listing
-from popdrop.stores.mbox.journal import Journals, Leftover
-from popdrop.stores.mbox.locks import KINDS, DotLock, NoDotLock, SessionLock, SpoolLocks, sweep
+from popdrop.stores.mbox.journal import Journals
+from popdrop.stores.mbox.locks import NoDotLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
-from popdrop.stores.mbox.recovery import MboxForm
 from popdrop.stores.mbox.scan import (
     BLOCK,
     FROM_LINE,
     LONGEST_FROM,
-    UNQUOTES,
     NotAnMbox,
     Scanner,
 )
@@ -53,12 +48,10 @@ from popdrop.stores.mbox.spool import (
     Spool,
     is_settled,
     key_of,
-    open_spool,
     shows_changes,
 )
-from popdrop.stores.template import Template
-from popdrop.stores.uidl import STRIPPED, MessageHash, text_of, unique_ids
-from popdrop.values import Owner, Source
+from popdrop.stores.uidl import MessageHash, text_of, unique_ids
+from popdrop.values import Source
 
 log = Logger()
 
@@ -79,7 +72,6 @@ NOT_WRITTEN: Final = "maildrop could not be rewritten"
 clock_ns: Callable[[], int] = time.time_ns
 """The clock that file times are held against."""
 
-_FORM: Final = MboxForm()
 _UID_TEXT: Final = 26
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
 _LASTING: Final = NO_RIGHT | {
@@ -96,7 +88,7 @@ Refresh = Callable[[], None]
 
 
 @contextmanager
-def _told(path: str, lasting: str = UNREADABLE, passing: str = TRY_LATER) -> Iterator[None]:
+def told(path: str, lasting: str = UNREADABLE, passing: str = TRY_LATER) -> Iterator[None]:
     """Turn what the system says into what a client is told; the facts go into the detail."""
     try:
         yield
@@ -108,154 +100,16 @@ def _told(path: str, lasting: str = UNREADABLE, passing: str = TRY_LATER) -> Ite
         raise TemporaryFailure(passing, detail) from error
 
 
-@implementer(IBlockingStore)
-class MboxStore:
-    """Maildrops that are mbox files.
+class Home(Protocol):
+    """What a maildrop needs of its store (`store.MboxStore` says what each is)."""
 
-    `template` gives the path (`Template`); session locks lie in `state_dir`/locks. `kind` is one
-    of `scan.UNQUOTES`, `locks` are those of `locks.KINDS` to use, joined by commas. `owner` names
-    the system account whose spools these are: `None` means the user's own account, and `any` that
-    it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
-    stored) bound a maildrop, 0 does not. Raises `ConfigError`.
-    """
-
-    def __init__(
-        self,
-        template: str,
-        state_dir: str,
-        kind: str = "mboxrd",
-        locks: str = "fcntl,dot",
-        strip_headers: bool = True,
-        owner: str | None = None,
-        max_messages: int = 0,
-        max_octets: int = 0,
-    ) -> None:
-        if kind not in UNQUOTES:
-            raise ConfigError(f"kind={kind}: must be {' or '.join(UNQUOTES)}")
-        chosen = locks.split(",")
-        if not set(chosen) <= set(KINDS) or len(set(chosen)) < len(chosen):
-            raise ConfigError(f"locks={locks}: must be fcntl, dot, or fcntl,dot")
-        self._template = Template(template)
-        self._folder = os.path.join(state_dir, "locks")
-        self._owner = owner
-        self._owner_uid = None if owner in (None, "any") else _uid_of(str(owner))
-        self.unquote = UNQUOTES[kind]
-        self.locks = tuple(name for name in KINDS if name in chosen)
-        self.strip = STRIPPED if strip_headers else frozenset()
-        self.max_messages = max_messages
-        self.max_octets = max_octets
-        self.recent = Recent()
-        self.journals = Journals(state_dir)
-
-    def open(self, owner: Owner) -> MboxDrop:
-        """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
-        path = self._template.path(owner)
-        with _told(path):
-            session = self._hold(path)
-            spool = None
-            try:
-                spool = open_spool(path, self._uids(owner))
-                # A spool that is as this process has seen it needs no look at its journal: it
-                # would have been forgotten if an update of ours had failed, and over another
-                # process's journal nothing is written.
-                if spool is None or not self.recent.get(path, key_of(spool.opened)):
-                    self._recover(path, spool)
-                return MboxDrop(self, session, spool)
-            except BaseException:
-                if spool:
-                    spool.close()
-                session.release()
-                raise
-
-    def _recover(self, path: str, spool: Spool | None) -> None:
-        """Under the session lock: end what a crash has left unfinished, if anything was."""
-        journal = self.journals.of(path)
-        if not journal.pending():
-            return
-        if spool is None:
-            lock = DotLock(path)
-            if "dot" in self.locks and not lock.take():
-                raise Busy("spool")
-            try:
-                done = journal.recover(None, _FORM)
-            finally:
-                lock.release()
-        elif not spool.writable:
-            raise TemporaryFailure(
-                TRY_LATER, f"{path}: a journal waits, and the spool is read-only"
-            )
-        else:
-            with SpoolLocks(spool.fd, path, self.locks, True) as locks:
-                if not spool.is_at_path():
-                    raise Busy("spool")
-                done = journal.recover(spool.fd, _FORM, locks.refresh)
-                spool.opened = spool.stat()
-        for each in done:
-            log.warn(
-                "{path}: recovered from a crash: {outcome}{aside}",
-                path=path,
-                outcome=each.outcome.value,
-                aside=f", kept as {each.aside}" if each.aside else "",
-            )
-
-    def tidy(self) -> None:
-        """As `IBlockingStore.tidy`: journals of a crash, and half-made dot-locks.
-
-        Where all spools lie in one folder; those in home folders wait for a login.
-        """
-        folder = os.path.dirname(self._template.text)
-        folders = [self.journals.folder] + ([] if "{" in folder else [folder])
-        for each in folders:
-            with suppress(FileNotFoundError):
-                for leftover in self.journals.leftovers(each):
-                    self._tidy_one(leftover)
-        if "{" not in folder:
-            with suppress(OSError):
-                count = sweep(folder)
-                if count:
-                    log.info(
-                        "{count} half-made locks removed from {path}", count=count, path=folder
-                    )
-
-    def _tidy_one(self, leftover: Leftover) -> None:
-        path = leftover.spool
-        if leftover.kind == "orphan" or path is None:
-            log.warn("{path}: kept from a crash, for you to look at", path=leftover.path)
-            return
-        try:
-            with _told(path):
-                session = self._hold(path)
-                spool = None
-                try:
-                    spool = open_spool(path, None)
-                    self._recover(path, spool)
-                finally:
-                    if spool:
-                        spool.close()
-                    session.release()
-        except Busy:
-            return  # whoever has it has seen to it, or the next login will
-        except PopdropError as error:
-            log.error("{path}: {detail}", path=leftover.path, detail=error.detail or error.text)
-
-    def _hold(self, path: str) -> SessionLock:
-        session = SessionLock(self._folder, path)
-        try:
-            session.take()
-        except FileNotFoundError:
-            # Made at the first login: by then the rights of the start have been dropped.
-            os.makedirs(os.path.dirname(self._folder), 0o700, exist_ok=True)
-            with suppress(FileExistsError):
-                os.mkdir(self._folder, 0o700)
-            session.take()
-        return session
-
-    def _uids(self, owner: Owner) -> frozenset[int] | None:
-        """Whose files are accepted as the owner's spool; `None` is anybody's."""
-        if self._owner == "any":
-            return None
-        wanted = owner.uid if self._owner is None else self._owner_uid
-        return frozenset({os.geteuid()} if wanted is None else {os.geteuid(), wanted})
+    unquote: bool
+    locks: tuple[str, ...]
+    strip: frozenset[bytes]
+    max_messages: int
+    max_octets: int
+    recent: Recent
+    journals: Journals
 
 
 @implementer(IBlockingMaildrop)
@@ -264,7 +118,7 @@ class MboxDrop:
 
     quick_release = True
 
-    def __init__(self, store: MboxStore, session: SessionLock, spool: Spool | None) -> None:
+    def __init__(self, store: Home, session: SessionLock, spool: Spool | None) -> None:
         self._store = store
         self._session = session
         self._maybe_spool = spool
@@ -421,7 +275,7 @@ class MboxDrop:
 
     def _verify(self, index: int) -> None:
         path = self._spool.path
-        with _told(path), self._locked_to_read() as locks:
+        with told(path), self._locked_to_read() as locks:
             found = self._spool.stat()
             if not self._is_same(index, locks.refresh):
                 raise TemporaryFailure(CHANGED, f"{path}: message {index + 1} has changed")
@@ -485,7 +339,7 @@ class MboxDrop:
         if self._maybe_spool is None:
             self.listing = self.listing.with_ids([])
             return
-        with _told(self._spool.path):
+        with told(self._spool.path):
             digests = self._digests() if self._believed else []
             if not self._believed or key_of(self._spool.stat()) != self._believed:
                 digests = self._digests_locked()
@@ -530,7 +384,7 @@ class MboxDrop:
             raise PermanentFailure(READ_ONLY, self._read_only)
         spool = self._spool
         with (
-            _told(spool.path, READ_ONLY, NOT_LOCKED),
+            told(spool.path, READ_ONLY, NOT_LOCKED),
             SpoolLocks(spool.fd, spool.path, self._store.locks, True) as locks,
         ):
             self._commit_locked(rows, locks)
@@ -545,7 +399,7 @@ class MboxDrop:
         self._check_seams(spans.starts[rows[0]], kept)
         if not locks.held():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
-        with _told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
+        with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
             self._committed = True
             self._store.recent.forget(spool.path)
             self._store.journals.of(spool.path).replace_tail(
@@ -659,61 +513,3 @@ def plan(spans: Spans, rows: list[int], end: int, size: int) -> tuple[int, list[
     if not kept and rows[0] == 0 and not spans.hidden:
         return 0, kept  # only empty lines would be left
     return spans.starts[rows[0]], kept
-
-
-def _uid_of(name: str) -> int:
-    try:
-        return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
-    except KeyError:
-        raise ConfigError(f"owner={name}: there is no such system account") from None
-
-
-@implementer(IStoreFactory)
-class MboxFactory:
-    """`--store mbox:TEMPLATE[:key=value...]`."""
-
-    kind = "mbox"
-    help = (
-        "mbox:TEMPLATE, one spool file a user, as mbox:/var/mail/{user}. The path may hold "
-        "{user}, {domain}, {home}, {hash1}, {hash2} (qpopper's hash-spool). Keywords: "
-        "kind=mboxrd|mboxo (mboxrd un-quotes >From lines), locks=fcntl,dot, strip-headers=yes|no "
-        "(Status and the like are not sent), owner=NAME|any (default: the user), "
-        "max-messages=N, max-octets=N (0, the default: no limit)."
-    )
-    keywords: Final = (
-        "kind",
-        "locks",
-        "strip-headers",
-        "owner",
-        "max-messages",
-        "max-octets",
-    )
-
-    def make(self, reactor: object, state_dir: str, *args: str, **kwargs: str) -> MboxStore:
-        """As `IStoreFactory.make`."""
-        if len(args) != 1:
-            raise ConfigError("mbox: takes one path, as mbox:/var/mail/{user}; quote a : by \\:")
-        for name in kwargs:
-            if name not in self.keywords:
-                allowed = ", ".join(self.keywords)
-                raise ConfigError(f"mbox: {name}= is not known; there are {allowed}")
-        strip = kwargs.get("strip-headers", "yes")
-        if strip not in ("yes", "no"):
-            raise ConfigError(f"strip-headers={strip}: must be yes or no")
-        return MboxStore(
-            args[0],
-            state_dir,
-            kind=kwargs.get("kind", "mboxrd"),
-            locks=kwargs.get("locks", "fcntl,dot"),
-            strip_headers=strip == "yes",
-            owner=kwargs.get("owner"),
-            max_messages=_count("max-messages", kwargs),
-            max_octets=_count("max-octets", kwargs),
-        )
-
-
-def _count(name: str, kwargs: dict[str, str]) -> int:
-    text = kwargs.get(name, "0")
-    if not re.fullmatch("[0-9]{1,18}", text):
-        raise ConfigError(f"{name}={text}: must be a number, 0 for no limit")
-    return int(text)

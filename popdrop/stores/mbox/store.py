@@ -1,0 +1,240 @@
+"""The mbox store, and the factory for `--store mbox:...`: where spools lie and how they are opened.
+
+What is done with one that is open, `drop` knows.
+"""
+
+from __future__ import annotations
+
+import os
+import pwd
+import re
+from contextlib import suppress
+from typing import Final
+
+from twisted.logger import Logger
+from zope.interface import implementer
+
+from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
+from popdrop.interfaces import IBlockingStore, IStoreFactory
+from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
+from popdrop.stores.mbox.journal import Journals, Leftover
+from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, sweep
+from popdrop.stores.mbox.recent import Recent
+from popdrop.stores.mbox.recovery import MboxForm
+from popdrop.stores.mbox.scan import UNQUOTES
+from popdrop.stores.mbox.spool import Spool, key_of, open_spool
+from popdrop.stores.template import Template
+from popdrop.stores.uidl import STRIPPED
+from popdrop.values import Owner
+
+log = Logger()
+
+_FORM: Final = MboxForm()
+
+
+@implementer(IBlockingStore)
+class MboxStore:
+    """Maildrops that are mbox files.
+
+    `template` gives the path (`Template`); session locks lie in `state_dir`/locks. `kind` is one
+    of `scan.UNQUOTES`, `locks` are those of `locks.KINDS` to use, joined by commas. `owner` names
+    the system account whose spools these are: `None` means the user's own account, and `any` that
+    it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
+    stored) bound a maildrop, 0 does not. Raises `ConfigError`.
+    """
+
+    def __init__(
+        self,
+        template: str,
+        state_dir: str,
+        kind: str = "mboxrd",
+        locks: str = "fcntl,dot",
+        strip_headers: bool = True,
+        owner: str | None = None,
+        max_messages: int = 0,
+        max_octets: int = 0,
+    ) -> None:
+        if kind not in UNQUOTES:
+            raise ConfigError(f"kind={kind}: must be {' or '.join(UNQUOTES)}")
+        chosen = locks.split(",")
+        if not set(chosen) <= set(KINDS) or len(set(chosen)) < len(chosen):
+            raise ConfigError(f"locks={locks}: must be fcntl, dot, or fcntl,dot")
+        self._template = Template(template)
+        self._folder = os.path.join(state_dir, "locks")
+        self._owner = owner
+        self._owner_uid = None if owner in (None, "any") else _uid_of(str(owner))
+        self.unquote = UNQUOTES[kind]
+        self.locks: tuple[str, ...] = tuple(name for name in KINDS if name in chosen)
+        self.strip = STRIPPED if strip_headers else frozenset()
+        self.max_messages = max_messages
+        self.max_octets = max_octets
+        self.recent = Recent()
+        self.journals = Journals(state_dir)
+
+    def open(self, owner: Owner) -> MboxDrop:
+        """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
+        path = self._template.path(owner)
+        with told(path):
+            session = self._hold(path)
+            spool = None
+            try:
+                spool = open_spool(path, self._uids(owner))
+                # A spool that is as this process has seen it needs no look at its journal: it
+                # would have been forgotten if an update of ours had failed, and over another
+                # process's journal nothing is written.
+                if spool is None or not self.recent.get(path, key_of(spool.opened)):
+                    self._recover(path, spool)
+                return MboxDrop(self, session, spool)
+            except BaseException:
+                if spool:
+                    spool.close()
+                session.release()
+                raise
+
+    def _recover(self, path: str, spool: Spool | None) -> None:
+        """Under the session lock: end what a crash has left unfinished, if anything was."""
+        journal = self.journals.of(path)
+        if not journal.pending():
+            return
+        if spool is None:
+            lock = DotLock(path)
+            if "dot" in self.locks and not lock.take():
+                raise Busy("spool")
+            try:
+                done = journal.recover(None, _FORM)
+            finally:
+                lock.release()
+        elif not spool.writable:
+            raise TemporaryFailure(
+                TRY_LATER, f"{path}: a journal waits, and the spool is read-only"
+            )
+        else:
+            with SpoolLocks(spool.fd, path, self.locks, True) as locks:
+                if not spool.is_at_path():
+                    raise Busy("spool")
+                done = journal.recover(spool.fd, _FORM, locks.refresh)
+                spool.opened = spool.stat()
+        for each in done:
+            log.warn(
+                "{path}: recovered from a crash: {outcome}{aside}",
+                path=path,
+                outcome=each.outcome.value,
+                aside=f", kept as {each.aside}" if each.aside else "",
+            )
+
+    def tidy(self) -> None:
+        """As `IBlockingStore.tidy`: journals of a crash, and half-made dot-locks.
+
+        Where all spools lie in one folder; those in home folders wait for a login.
+        """
+        folder = os.path.dirname(self._template.text)
+        folders = [self.journals.folder] + ([] if "{" in folder else [folder])
+        for each in folders:
+            with suppress(FileNotFoundError):
+                for leftover in self.journals.leftovers(each):
+                    self._tidy_one(leftover)
+        if "{" not in folder:
+            with suppress(OSError):
+                count = sweep(folder)
+                if count:
+                    log.info(
+                        "{count} half-made locks removed from {path}", count=count, path=folder
+                    )
+
+    def _tidy_one(self, leftover: Leftover) -> None:
+        path = leftover.spool
+        if leftover.kind == "orphan" or path is None:
+            log.warn("{path}: kept from a crash, for you to look at", path=leftover.path)
+            return
+        try:
+            with told(path):
+                session = self._hold(path)
+                spool = None
+                try:
+                    spool = open_spool(path, None)
+                    self._recover(path, spool)
+                finally:
+                    if spool:
+                        spool.close()
+                    session.release()
+        except Busy:
+            return  # whoever has it has seen to it, or the next login will
+        except PopdropError as error:
+            log.error("{path}: {detail}", path=leftover.path, detail=error.detail or error.text)
+
+    def _hold(self, path: str) -> SessionLock:
+        session = SessionLock(self._folder, path)
+        try:
+            session.take()
+        except FileNotFoundError:
+            # Made at the first login: by then the rights of the start have been dropped.
+            os.makedirs(os.path.dirname(self._folder), 0o700, exist_ok=True)
+            with suppress(FileExistsError):
+                os.mkdir(self._folder, 0o700)
+            session.take()
+        return session
+
+    def _uids(self, owner: Owner) -> frozenset[int] | None:
+        """Whose files are accepted as the owner's spool; `None` is anybody's."""
+        if self._owner == "any":
+            return None
+        wanted = owner.uid if self._owner is None else self._owner_uid
+        return frozenset({os.geteuid()} if wanted is None else {os.geteuid(), wanted})
+
+
+def _uid_of(name: str) -> int:
+    try:
+        return int(name) if name.isdecimal() else pwd.getpwnam(name).pw_uid
+    except KeyError:
+        raise ConfigError(f"owner={name}: there is no such system account") from None
+
+
+@implementer(IStoreFactory)
+class MboxFactory:
+    """`--store mbox:TEMPLATE[:key=value...]`."""
+
+    kind = "mbox"
+    help = (
+        "mbox:TEMPLATE, one spool file a user, as mbox:/var/mail/{user}. The path may hold "
+        "{user}, {domain}, {home}, {hash1}, {hash2} (qpopper's hash-spool). Keywords: "
+        "kind=mboxrd|mboxo (mboxrd un-quotes >From lines), locks=fcntl,dot, strip-headers=yes|no "
+        "(Status and the like are not sent), owner=NAME|any (default: the user), "
+        "max-messages=N, max-octets=N (0, the default: no limit)."
+    )
+    keywords: Final = (
+        "kind",
+        "locks",
+        "strip-headers",
+        "owner",
+        "max-messages",
+        "max-octets",
+    )
+
+    def make(self, reactor: object, state_dir: str, *args: str, **kwargs: str) -> MboxStore:
+        """As `IStoreFactory.make`."""
+        if len(args) != 1:
+            raise ConfigError("mbox: takes one path, as mbox:/var/mail/{user}; quote a : by \\:")
+        for name in kwargs:
+            if name not in self.keywords:
+                allowed = ", ".join(self.keywords)
+                raise ConfigError(f"mbox: {name}= is not known; there are {allowed}")
+        strip = kwargs.get("strip-headers", "yes")
+        if strip not in ("yes", "no"):
+            raise ConfigError(f"strip-headers={strip}: must be yes or no")
+        return MboxStore(
+            args[0],
+            state_dir,
+            kind=kwargs.get("kind", "mboxrd"),
+            locks=kwargs.get("locks", "fcntl,dot"),
+            strip_headers=strip == "yes",
+            owner=kwargs.get("owner"),
+            max_messages=_count("max-messages", kwargs),
+            max_octets=_count("max-octets", kwargs),
+        )
+
+
+def _count(name: str, kwargs: dict[str, str]) -> int:
+    text = kwargs.get(name, "0")
+    if not re.fullmatch("[0-9]{1,18}", text):
+        raise ConfigError(f"{name}={text}: must be a number, 0 for no limit")
+    return int(text)
