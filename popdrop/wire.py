@@ -112,12 +112,26 @@ _LONGEST_FIELD_NAME: Final = 64
 
 @lru_cache(maxsize=16)
 def _fields(names: frozenset[bytes]) -> re.Pattern[bytes]:
-    """Whole header fields of these names, folded lines included, at line starts."""
+    """Whole header fields of these names, folded lines included, each with the LF before it."""
     alternatives = b"|".join(sorted(re.escape(name) for name in names))
-    return re.compile(rb"(?im)^(?:" + alternatives + rb"):.*(?:\n(?:[ \t].*\n)*|\Z)")
+    # A look at the initial first: six times as fast where most fields are others.
+    initials = re.escape(bytes({name[0] for name in names}))
+    return re.compile(rb"(?i)\n(?=[%s])(?:%s):.*(?:\n[ \t].*)*" % (initials, alternatives))
 
 
 _FOLDED = re.compile(rb"(?:[ \t].*(?:\n|\Z))*").match
+
+
+def as_stored(message: bytes) -> bytes:
+    """What `Outgoing().whole` makes of a message of which nothing is left out, in fewer steps."""
+    if b"\r" in message:
+        message = message.replace(b"\r\n", b"\n")
+    if message[:1] == b".":
+        message = b"." + message
+    if _DOT(message):
+        message = message.replace(b"\n.", b"\n..")
+    end = b"\n.\n" if message[-1:] not in (b"", b"\n") else b".\n"
+    return (message + end).replace(b"\n", b"\r\n")
 
 
 class Outgoing:
@@ -252,7 +266,7 @@ class Outgoing:
             return out
         self._midline = True
         if tail[:1] not in (b" ", b"\t"):
-            self._skipping = bool(self._strip and self._strip.match(tail))
+            self._skipping = bool(self._strip and self._strip.match(b"\n" + tail))
         return out if self._skipping else out + tail
 
     def _selected_body(self, body: bytes) -> bytes:
@@ -266,16 +280,17 @@ class Outgoing:
             header = header[folded.end() :] if folded else header
             if not header:
                 return header
+        text = b"\n" + header
         kept: list[bytes] = []
         position = 0
-        for field in self._strip.finditer(header):
-            kept.append(header[position : field.start()])
+        for field in self._strip.finditer(text):
+            kept.append(text[position : field.start()])
             position = field.end()
-        self._skipping = position == len(header)
+        self._skipping = position + text.endswith(b"\n") == len(text) and position > 0
         if not position:
             return header
-        kept.append(header[position:])
-        return b"".join(kept)
+        kept.append(text[position:])
+        return b"".join(kept)[1:]
 
     def _cut(self, body: bytes) -> bytes:
         wanted = self._body_lines or 0

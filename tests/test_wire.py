@@ -14,6 +14,7 @@ from popdrop.wire import (
     Lines,
     Outgoing,
     Overlong,
+    as_stored,
     has_control,
     number,
 )
@@ -167,6 +168,11 @@ def send(pieces: list[bytes], *args: object) -> bytes:
 
 
 class OutgoingTests(SynchronousTestCase):
+    @settings(deadline=None, max_examples=500)
+    @given(st.lists(st.sampled_from([b"\n", b"\r", b".", b"a", b"\r\n", b"\n."])).map(b"".join))
+    def test_the_short_way_gives_the_same(self, stored: bytes) -> None:
+        self.assertEqual(as_stored(stored), Outgoing().whole(stored))
+
     def test_dots(self) -> None:
         """A dot at every line start is doubled, at the first octet too (RFC 1939 section 3)."""
         self.assertEqual(send([b".\nhello\n.\n..\n"]), b"..\r\nhello\r\n..\r\n...\r\n.\r\n")

@@ -40,7 +40,7 @@ from popdrop.stores.mbox.scan import (
     NotAnMbox,
     Scanner,
 )
-from popdrop.stores.mbox.spans import Spans
+from popdrop.stores.mbox.spans import FIELDS, QUOTED, Spans
 from popdrop.stores.mbox.spool import (
     COPY_BLOCK,
     NO_RIGHT,
@@ -72,6 +72,7 @@ NOT_WRITTEN: Final = "maildrop could not be rewritten"
 clock_ns: Callable[[], int] = time.time_ns
 """The clock that file times are held against."""
 
+_NO_FIELDS: Final[frozenset[bytes]] = frozenset()
 _UID_TEXT: Final = 26
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
 _LASTING: Final = NO_RIGHT | {
@@ -261,8 +262,8 @@ class MboxDrop:
             length=spans.lengths[index],
             octets=spans.sizes[index],
             # Most mail goes out as it lies there: nothing need be looked for in it.
-            strip=self._store.strip if altered else frozenset(),
-            unquote=self._store.unquote and altered > 0,
+            strip=self._store.strip if altered & FIELDS else _NO_FIELDS,
+            unquote=altered & QUOTED > 0,
             unchanged=partial(self._is_unchanged, index),
             verify=partial(self._verify, index),
         )

@@ -17,7 +17,7 @@ import re
 from typing import Final
 from zlib import crc32
 
-from popdrop.stores.mbox.spans import Spans
+from popdrop.stores.mbox.spans import FIELDS, QUOTED, Spans
 from popdrop.stores.uidl import EMPTY_LINE, FIELD, STRIPPED, HeaderCut
 
 UNQUOTES: Final = {"mboxrd": True, "mboxo": False}
@@ -272,5 +272,5 @@ class Scanner:
         spans.lengths.append(content_end - self._content)
         unsent = self._cut.unsent if self._cut else 0
         spans.sizes.append(self._octets - (2 if separator else 0) - unsent)
-        spans.altered.append(unsent > 0 or self._quoted)
+        spans.altered.append((FIELDS if unsent else 0) | (QUOTED if self._quoted else 0))
         spans.checks.append(crc32(b"%d" % (content_end + missing - self._body), self._check))

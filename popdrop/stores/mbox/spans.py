@@ -4,6 +4,12 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
+from typing import Final
+
+FIELDS: Final = 1
+"""Header fields are left out."""
+QUOTED: Final = 2
+"""Quoting is undone."""
 
 
 def _octets() -> array[int]:
@@ -19,7 +25,7 @@ class Spans:
     `lengths` octets of each message as stored, behind its From_ line, without the separator
     `sizes`   octets of each as sent (RFC 1939 section 11)
     `checks`  CRC-32 of the From_ line, the header without spool headers, and the body's length
-    `altered` 1 for each that is not sent as it is stored: fields left out, quoting undone
+    `altered` how each is sent: 0 as it is stored, else the sum of `FIELDS` and `QUOTED`
     `end`     octets scanned
     `hidden`  whether a c-client pseudo message stands before the first of these
     """
