@@ -32,8 +32,15 @@ class IMaildrop(Interface):
     """One maildrop, held by one session."""
 
     listing: Listing = Attribute(
-        "Sizes (octets as sent), fixed for the session; ids once `identify` has fired."
+        "Count and octets (as sent), fixed for the session; each size once `measure` has fired, ids"
+        " once `identify` has."
     )
+
+    def measure() -> Awaitable[None]:
+        """Fill in the sizes that the listing does not hold yet, and learn where messages lie.
+
+        Only where `listing.measured` says that they are lacking; before `ready` and `fetch`.
+        """
 
     def identify() -> Awaitable[None]:
         """Fill in the ids that the listing does not hold yet. Once; in a thread."""
@@ -88,6 +95,9 @@ class IBlockingMaildrop(Interface):
 
     def identify() -> None:
         """As `IMaildrop.identify`: replaces `listing` by one with ids. May raise `Busy`."""
+
+    def measure() -> None:
+        """As `IMaildrop.measure`: replaces `listing` by one with sizes. May raise `Busy`."""
 
     def source(index: int) -> Source:
         """Where message `index` (0-based) lies. Does no input or output."""

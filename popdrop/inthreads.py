@@ -182,6 +182,10 @@ class ThreadedDrop:
             )
         )
 
+    def measure(self) -> Awaitable[None]:
+        """As `IMaildrop.measure`."""
+        return self.patiently(self._drop.measure)
+
     def identify(self) -> Awaitable[None]:
         """As `IMaildrop.identify`."""
         return self.patiently(self._drop.identify)

@@ -77,6 +77,9 @@ class MailboxAsMaildrop:
         self._logout: Callable[[], object] | None = logout
         self.listing = listing
 
+    async def measure(self) -> None:
+        """As `IMaildrop.measure`: sizes were asked for when it was opened."""
+
     async def identify(self) -> None:
         """As `IMaildrop.identify`."""
         ids = [

@@ -4,10 +4,49 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import accumulate
 
 ROWS_PER_BLOCK = 1000
 """Rows of LIST or UIDL made at a time: about 12 to 33 KB, less than one transport buffer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ids:
+    """Unique-ids in one piece: `text` is all of them, `ends` where each one ends, in octets."""
+
+    text: bytes
+    ends: array[int]
+
+    @classmethod
+    def of(cls, ids: Iterable[bytes]) -> Ids:
+        """These, in order."""
+        rows = list(ids)
+        return cls(b"".join(rows), array("I", accumulate(map(len, rows))))
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __iter__(self) -> Iterator[bytes]:
+        start = 0
+        for end in self.ends:
+            yield self.text[start:end]
+            start = end
+
+    def followed_by(self, more: Ids) -> Ids:
+        """These and `more`."""
+        length = len(self.text)
+        ends = self.ends + array("I", [end + length for end in more.ends])
+        return Ids(self.text + more.text, ends)
+
+    def without(self, rows: Collection[int]) -> Ids:
+        """All but those of messages `rows` (0-based)."""
+        gone = frozenset(rows)
+        return Ids.of([each for index, each in enumerate(self) if index not in gone])
+
+    def row(self, index: int) -> bytes:
+        """The id of message `index` (0-based)."""
+        return self.text[self.ends[index - 1] if index else 0 : self.ends[index]]
 
 
 class Listing:
@@ -17,60 +56,84 @@ class Listing:
     for the size, and 4 and the id's own length once the ids are known: no object per message.
     """
 
-    __slots__ = ("_ends", "_ids", "_sizes", "octets")
+    __slots__ = ("_count", "_ids", "_sizes", "octets")
 
-    def __init__(self, sizes: Iterable[int], ids: Iterable[bytes] | None = None) -> None:
-        self._sizes = sizes if isinstance(sizes, array) else array("Q", sizes)
+    def __init__(self, sizes: Iterable[int], ids: Iterable[bytes] | Ids | None = None) -> None:
+        self._sizes: array[int] | None = sizes if isinstance(sizes, array) else array("Q", sizes)
+        self._count = len(self._sizes)
         self.octets = sum(self._sizes)
-        self._ids: bytes | None = None
-        self._ends: array[int] | None = None
-        if ids is not None:
-            rows = list(ids)
-            if len(rows) != len(self._sizes):
-                raise ValueError("as many ids as sizes are needed")
-            self._ids = b"".join(rows)
-            self._ends = array("I", accumulate(map(len, rows)))
+        self._ids = ids if isinstance(ids, Ids) or ids is None else Ids.of(ids)
+        if self._ids is not None and len(self._ids) != self._count:
+            raise ValueError("as many ids as sizes are needed")
+
+    @classmethod
+    def promised(cls, count: int, octets: int) -> Listing:
+        """One of which only the sums are known yet."""
+        listing = cls(())
+        listing._sizes, listing._count, listing.octets = None, count, octets
+        return listing
 
     def __len__(self) -> int:
-        return len(self._sizes)
+        return self._count
+
+    @property
+    def measured(self) -> bool:
+        """Whether the sizes are known, and not only their sum."""
+        return self._sizes is not None
+
+    def _known_sizes(self) -> array[int]:
+        if self._sizes is None:
+            raise LookupError("the sizes are not known yet")
+        return self._sizes
 
     def size(self, index: int) -> int:
-        """Octets as sent of message `index`: CRLF counted, final dot not (RFC 1939 section 11)."""
-        return self._sizes[index]
+        """Octets as sent of message `index`: CRLF counted, final dot not (RFC 1939 section 11).
+
+        Raises `LookupError` too early.
+        """
+        return self._known_sizes()[index]
 
     @property
     def identified(self) -> bool:
         """Whether the unique-ids are known yet."""
         return self._ids is not None
 
+    @property
+    def ids(self) -> Ids:
+        """All unique-ids. Raises `LookupError` too early."""
+        if self._ids is None:
+            raise LookupError("the ids are not known yet")
+        return self._ids
+
     def uid(self, index: int) -> bytes:
         """The unique-id of message `index` (RFC 1939 section 7). Raises `LookupError` too early."""
-        if self._ids is None or self._ends is None:
-            raise LookupError("the ids are not known yet")
-        start = self._ends[index - 1] if index else 0
-        return self._ids[start : self._ends[index]]
+        return self.ids.row(index)
 
-    def with_ids(self, ids: Iterable[bytes]) -> Listing:
+    def with_ids(self, ids: Iterable[bytes] | Ids) -> Listing:
         """The same listing with its unique-ids."""
-        return Listing(self._sizes, ids)
+        return Listing(self._known_sizes(), ids)
 
     def size_rows(self, deleted: Collection[int]) -> Iterator[bytes]:
         """LIST's scan listings of all but `deleted`, in blocks of rows with their line ends."""
-        sizes = self._sizes
+        sizes = self._known_sizes()
         for start in range(0, len(sizes), ROWS_PER_BLOCK):
-            stop = min(start + ROWS_PER_BLOCK, len(sizes))
-            yield b"".join(
-                [b"%d %d\r\n" % (i + 1, sizes[i]) for i in range(start, stop) if i not in deleted]
-            )
+            numbers = range(start + 1, min(start + ROWS_PER_BLOCK, len(sizes)) + 1)
+            rows = zip(numbers, sizes[start : start + ROWS_PER_BLOCK], strict=True)
+            # Without the test for each row where none is deleted, as is usual: half the time.
+            if deleted:
+                yield b"".join([b"%d %d\r\n" % row for row in rows if row[0] - 1 not in deleted])
+            else:
+                yield b"".join([b"%d %d\r\n" % row for row in rows])
 
     def uid_rows(self, deleted: Collection[int]) -> Iterator[bytes]:
         """UIDL's unique-id listings, as `size_rows`."""
-        for start in range(0, len(self._sizes), ROWS_PER_BLOCK):
-            stop = min(start + ROWS_PER_BLOCK, len(self._sizes))
-            yield b"".join(
-                [
-                    b"%d %s\r\n" % (i + 1, self.uid(i))
-                    for i in range(start, stop)
-                    if i not in deleted
-                ]
-            )
+        text, ends = self.ids.text, self.ids.ends
+        begin = 0
+        for start in range(0, self._count, ROWS_PER_BLOCK):
+            block = ends[start : start + ROWS_PER_BLOCK]
+            rows = []
+            for number, end in enumerate(block, start + 1):
+                if not deleted or number - 1 not in deleted:
+                    rows.append(b"%d %s\r\n" % (number, text[begin:end]))
+                begin = end
+            yield b"".join(rows)

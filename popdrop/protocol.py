@@ -47,6 +47,7 @@ from popdrop.session import (
     Hangup,
     Identify,
     Login,
+    Measure,
     Refusal,
     Result,
     Session,
@@ -129,6 +130,7 @@ class POP3Protocol(Protocol):
         self._effect: Deferred[None] | None = None
         self._committing = False
         self._rows: Iterator[bytes] | None = None
+        self._learned: Result | None = None
         self._drop: IMaildrop | None = None
         self._leaving: Any = None
         self._drained: Deferred[None] | None = None
@@ -360,13 +362,16 @@ class POP3Protocol(Protocol):
                     self._again = self.factory.clock.callLater(0, self._go_on)
                     break
                 self._spent += 1
-                if self._rows is not None:
+                if self._learned is not None:
+                    result: Result = self._learned
+                    self._learned = None
+                elif self._rows is not None:
                     self._spent += ROWS_COST
                     block = next(self._rows, None)
                     if block is None:
                         self._rows = None
                         continue
-                    result: Result = block
+                    result = block
                 else:
                     lines.limit = session.line_limit
                     line = lines.next()
@@ -462,8 +467,8 @@ class POP3Protocol(Protocol):
                 self._begin(out, self._fetch(result))
             case Login():
                 self._begin(out, self._login(result.credentials))
-            case Identify():
-                self._begin(out, self._identify())
+            case Measure() | Identify():
+                self._begin(out, self._learn(result))
             case Commit():
                 if result.deleted or not self._leave(out):
                     self._committing = True
@@ -576,23 +581,19 @@ class POP3Protocol(Protocol):
         else:
             self.transport.write(answer)
 
-    async def _identify(self) -> None:
+    async def _learn(self, effect: Measure | Identify) -> None:
         drop = cast("IMaildrop", self._drop)
         try:
-            await drop.identify()
+            await (drop.identify() if isinstance(effect, Identify) else drop.measure())
         except PopdropError as error:
             self._failed(error)
             return
         except CancelledError:
             raise
         except Exception:
-            self._failed(internal_error("identifying messages"))
+            self._failed(internal_error("measuring or identifying messages"))
             return
-        answer = self._session.identified(drop.listing)
-        if isinstance(answer, bytes):
-            self.transport.write(answer)
-        else:
-            self._rows = answer
+        self._learned = self._session.learned(drop.listing)
 
     async def _commit(self, commit: Commit) -> None:
         try:

@@ -14,6 +14,7 @@ import enum
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Final
 
 from popdrop import policy as rules
@@ -57,8 +58,13 @@ class Login:
 
 
 @dataclass(frozen=True, slots=True)
+class Measure:
+    """Fill in the sizes, and learn where the messages lie. Answered by `learned` or `failed`."""
+
+
+@dataclass(frozen=True, slots=True)
 class Identify:
-    """Fill in the unique-ids. Answered by `identified` or `failed`."""
+    """Fill in the unique-ids. Answered by `learned` or `failed`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,7 +106,7 @@ class Refusal:
 
 
 Reply = bytes | Iterator[bytes]
-Effect = Login | Identify | Fetch | Commit | StartTLS | Hangup
+Effect = Login | Measure | Identify | Fetch | Commit | StartTLS | Hangup
 Result = Reply | Refusal | Effect
 
 
@@ -110,7 +116,8 @@ class Command:
 
     `least` and `most` count the arguments; with `rest` the one argument is all behind the first
     blank, blanks included. `before_tls` commands work where STLS is required and has not been
-    given yet. `capability` is what CAPA says of the command now, "" for nothing.
+    given yet. `measured` ones ask for sizes. `capability` is what CAPA says of the command now, ""
+    for nothing.
     """
 
     keyword: str
@@ -123,6 +130,7 @@ class Command:
     source: str
     rest: bool = False
     before_tls: bool = False
+    measured: bool = False
     capability: Callable[[Session], str] | None = None
 
 
@@ -140,7 +148,7 @@ class Session:
         self._failures = 0
         self._exchange: Exchange | None = None
         self._named = False
-        self._wanted_uid: int | None = None
+        self._waiting: Callable[[], Result] | None = None
         self._listing = _EMPTY
         self._deleted: set[int] = set()
         self._deleted_octets = 0
@@ -199,6 +207,9 @@ class Session:
         arguments = rest.split(b" ") if blank else []
         if not command.least <= len(arguments) <= command.most or b"" in arguments:
             return self._malformed("wrong arguments")
+        if command.measured and not self._listing.measured:
+            self._waiting = partial(command.do, self, *arguments)
+            return Measure()
         return command.do(self, *arguments)
 
     def overlong(self, kind: Overlong) -> Result:
@@ -227,13 +238,11 @@ class Session:
                 return Hangup(reply, "too-many-failures")
         return reply
 
-    def identified(self, listing: Listing) -> Reply:
-        """The unique-ids are there: the UIDL that waited for them is answered."""
+    def learned(self, listing: Listing) -> Result:
+        """Sizes or unique-ids are there: the command that waited for them is answered."""
         self._listing = listing
-        wanted, self._wanted_uid = self._wanted_uid, None
-        if wanted is None:
-            return self._rows(b"+OK\r\n", listing.uid_rows(self._deleted))
-        return b"+OK %d %s\r\n" % (wanted + 1, listing.uid(wanted))
+        waiting, self._waiting = self._waiting, None
+        return waiting() if waiting else b""
 
     def fetching(self, fetch: Fetch) -> bytes:
         """The message is on its way: the line that goes before it."""
@@ -465,14 +474,15 @@ class Session:
         return self._rows(first, self._listing.size_rows(frozenset(self._deleted)))
 
     def _do_uidl(self, *word: bytes) -> Result:
-        wanted: int | None = None
-        if word:
-            index = self._index(word[0])
-            if isinstance(index, bytes):
-                return index
-            wanted = index
-        self._wanted_uid = wanted
-        return self.identified(self._listing) if self._listing.identified else Identify()
+        index = self._index(word[0]) if word else 0
+        if isinstance(index, bytes):
+            return index
+        if not self._listing.identified:
+            self._waiting = partial(self._do_uidl, *word)
+            return Identify()
+        if not word:
+            return self._rows(b"+OK\r\n", self._listing.uid_rows(self._deleted))
+        return b"+OK %d %s\r\n" % (index + 1, self._listing.uid(index))
 
     def _do_retr(self, word: bytes) -> Result:
         index = self._index(word)
@@ -544,18 +554,20 @@ _ROWS: Final = (
     Command("STAT", _s._do_stat, 0, 0, _inside, "STAT", "Count and octets.", "RFC 1939"),
     Command(
         "LIST", _s._do_list, 0, 1, _inside, "LIST [message]", "Scan listings: octets as sent.",
-        "RFC 1939",
+        "RFC 1939", measured=True,
     ),
     Command("UIDL", _s._do_uidl, 0, 1, _inside, "UIDL [message]", "Unique-ids.", "RFC 1939",
         capability=lambda _: "UIDL"),
-    Command("RETR", _s._do_retr, 1, 1, _inside, "RETR message", "Send a message.", "RFC 1939"),
+    Command("RETR", _s._do_retr, 1, 1, _inside, "RETR message", "Send a message.", "RFC 1939",
+        measured=True),
     Command(
         "TOP", _s._do_top, 2, 2, _inside, "TOP message lines",
-        "Send the header and so many lines of the body.", "RFC 1939",
+        "Send the header and so many lines of the body.", "RFC 1939", measured=True,
         capability=lambda _: "TOP",
     ),
     Command(
-        "DELE", _s._do_dele, 1, 1, _inside, "DELE message", "Mark as deleted.", "RFC 1939"
+        "DELE", _s._do_dele, 1, 1, _inside, "DELE message", "Mark as deleted.", "RFC 1939",
+        measured=True,
     ),
     Command("RSET", _s._do_rset, 0, 0, _inside, "RSET", "Unmark all.", "RFC 1939"),
     Command("NOOP", _s._do_noop, 0, 0, _inside, "NOOP", "Do nothing.", "RFC 1939"),

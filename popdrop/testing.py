@@ -124,6 +124,9 @@ class MemoryDrop:
         self._sizes = [len(Outgoing().whole(m)) - 3 - _stuffed(m) for m in messages]
         self.listing = Listing(self._sizes)
 
+    def measure(self) -> None:
+        """As `IBlockingMaildrop.measure`: the sizes are there."""
+
     def identify(self) -> None:
         """As `IBlockingMaildrop.identify`."""
         self._store.may_fail("identify")

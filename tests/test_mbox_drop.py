@@ -358,17 +358,18 @@ class ReadTests(MboxCase):
             drop.release()
 
     def test_unchanged(self) -> None:
-        """Any touch of the file puts a message in doubt, each for itself."""
+        """Any touch of the file puts messages in doubt; a look vouches for one and those behind."""
         self.write(message(1) + message(2))
         drop = self.opened()
         first, second = drop.source(0), drop.source(1)
         self.assertTrue(first.unchanged())
         self.append(message(3))
         self.assertFalse(first.unchanged())
+        second.verify()
+        self.assertTrue(second.unchanged())
+        self.assertFalse(first.unchanged())
         first.verify()
         self.assertTrue(first.unchanged())
-        self.assertFalse(second.unchanged())
-        second.verify()
         self.assertTrue(second.unchanged())
         drop.release()
         self.assertFalse(first.unchanged())

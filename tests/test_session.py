@@ -266,7 +266,7 @@ class TransactionTests(SynchronousTestCase):
         self.assertEqual(session.line(b"STAT"), b"+OK 0 0\r\n")
         self.assertEqual(text(session.line(b"LIST")), b"+OK 0 messages (0 octets)\r\n.\r\n")
         self.assertIsInstance(session.line(b"UIDL"), Identify)
-        self.assertEqual(text(session.identified(Listing([], []))), b"+OK\r\n.\r\n")
+        self.assertEqual(text(session.learned(Listing([], []))), b"+OK\r\n.\r\n")
 
     def test_deleted_messages_vanish(self) -> None:
         session = opened([120, 200, 30], [b"a", b"b", b"c"])
@@ -286,7 +286,7 @@ class TransactionTests(SynchronousTestCase):
         session = opened([1, 2])
         self.assertIsInstance(session.line(b"UIDL 2"), Identify)
         listing = Listing([1, 2], [b"first", b"second"])
-        self.assertEqual(session.identified(listing), b"+OK 2 second\r\n")
+        self.assertEqual(session.learned(listing), b"+OK 2 second\r\n")
         self.assertEqual(text(session.line(b"UIDL")), b"+OK\r\n1 first\r\n2 second\r\n.\r\n")
 
     def test_retr_top(self) -> None:
@@ -445,7 +445,7 @@ class BadCommandTests(SynchronousTestCase):
             if isinstance(result, Commit | Hangup):
                 return
             if isinstance(result, Identify):
-                result = session.identified(Listing([5, 7], [b"a", b"b"]))
+                result = session.learned(Listing([5, 7], [b"a", b"b"]))
             if isinstance(result, Fetch):
                 result = session.fetching(result)
             reply = text(result)

@@ -173,8 +173,22 @@ def text_of(digest: bytes) -> bytes:
 
 def unique_ids(digests: Iterable[bytes]) -> Iterator[bytes]:
     """The ids of one maildrop in order: the second of two equal messages gets `-2`, and so on."""
-    seen: dict[bytes, int] = {}
+    return more_ids((), digests)
+
+
+def more_ids(known: Iterable[bytes], digests: Iterable[bytes]) -> Iterator[bytes]:
+    """The ids of messages that stand behind those with the ids `known`.
+
+    Those keep what they have (decision 14); a new copy takes the first number that is free.
+    """
+    taken = set(known)
+    copies: dict[bytes, int] = {}
     for digest in digests:
-        copies = seen[digest] = seen.get(digest, 0) + 1
-        text = text_of(digest)
-        yield text if copies == 1 else b"%s-%d" % (text, copies)
+        text = unique = text_of(digest)
+        number = copies.get(digest, 1)
+        while unique in taken:
+            number += 1
+            unique = b"%s-%d" % (text, number)
+        copies[digest] = number
+        taken.add(unique)
+        yield unique

@@ -105,6 +105,29 @@ class SessionTests(ServerCase):
         client.close()
         self.assertIn("apop-account", server.stop())
 
+    def test_after_a_restart_all_is_as_before(self) -> None:
+        """A large spool, of which there is an index then; any command may be the first."""
+        filler = b"a line of some thirty octets..\n" * 10
+        self.folder.spool("bob", b"".join(mail(i, filler) for i in range(1500)))
+        seen: list[object] = []
+        for visit in range(4):
+            client = self.serve().client()
+            client.user("bob")
+            client.pass_("hunter2")
+            ask = [
+                lambda client=client: ("list", client.list()[1]),
+                lambda client=client: ("uidl", client.uidl()[1]),
+                lambda client=client: ("retr", client.retr(1500)[1]),
+                lambda client=client: ("dele", client.dele(7), client.rset()),
+            ]
+            answers = [ask[(i + visit) % len(ask)]() for i in range(len(ask))]
+            seen.append((client.stat(), sorted(answers, key=lambda each: str(each[0]))))
+            client.quit()
+            self.server.stop()
+            self.assertTrue(os.listdir(self.folder.state / "index"))
+        for later in seen[1:]:
+            self.assertEqual(later, seen[0])
+
     def test_sizes_are_what_is_sent(self) -> None:
         client = self.serve().client()
         client.user("bob")

@@ -18,7 +18,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from twisted.logger import Logger
 from zope.interface import implementer
@@ -29,7 +29,8 @@ from popdrop.errors import (
     TemporaryFailure,
 )
 from popdrop.interfaces import IBlockingMaildrop
-from popdrop.listing import Listing
+from popdrop.listing import Ids, Listing
+from popdrop.stores.mbox.index import EAGER, SMALLEST, Damaged, Index, Indexes, Known, tail_of
 from popdrop.stores.mbox.journal import Journals
 from popdrop.stores.mbox.locks import NoDotLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
@@ -50,7 +51,7 @@ from popdrop.stores.mbox.spool import (
     key_of,
     shows_changes,
 )
-from popdrop.stores.uidl import MessageHash, text_of, unique_ids
+from popdrop.stores.uidl import MessageHash, more_ids, text_of, unique_ids
 from popdrop.values import Source
 
 log = Logger()
@@ -71,6 +72,9 @@ NOT_WRITTEN: Final = "maildrop could not be rewritten"
 
 clock_ns: Callable[[], int] = time.time_ns
 """The clock that file times are held against."""
+
+VERIFIED_AT_ONCE: Final = 1 << 20
+"""Octets of messages that are compared under the locks when one of them is asked for."""
 
 _NO_FIELDS: Final[frozenset[bytes]] = frozenset()
 _UID_TEXT: Final = 26
@@ -110,14 +114,13 @@ class Home(Protocol):
     max_messages: int
     max_octets: int
     recent: Recent
+    indexes: Indexes
     journals: Journals
 
 
 @implementer(IBlockingMaildrop)
 class MboxDrop:
     """One spool, photographed. Made by `MboxStore.open`; `spool` is `None` where there is none."""
-
-    quick_release = True
 
     def __init__(self, store: Home, session: SessionLock, spool: Spool | None) -> None:
         self._store = store
@@ -129,6 +132,12 @@ class MboxDrop:
         self._key: Key | None = None
         self._believed: Key | None = None
         self._settled = False
+        self._proven = 0
+        self._known: Known | None = None
+        self._tail = Spans()
+        self._unsaved = False
+        self._doubted = False
+        self._left: _Left | None = None
         self._atime = 0
         self._had_new_mail = False
         self._verified: dict[int, Key] = {}
@@ -140,7 +149,8 @@ class MboxDrop:
             if self._recall(spool):
                 return
             self._photograph()
-        self.listing = Listing(self._spans.sizes)
+        else:
+            self.listing = Listing(())
         self._keep()
 
     @property
@@ -154,20 +164,84 @@ class MboxDrop:
     def _recall(self, spool: Spool) -> bool:
         """Take the photograph of an earlier session if nothing was written since."""
         key = key_of(spool.opened)
-        known = self._store.recent.get(spool.path, key)
-        if known is None:
-            return False
-        self._key, self._spans, self.listing = known
+        recent = self._store.recent.get(spool.path, key)
+        if recent is not None:
+            self._key, self._spans, self.listing, self._proven = recent
+        else:
+            known = self._index.load()
+            if known is None:
+                return False
+            if tail_of(spool, known.end) != known.tail:
+                log.info("{path}: was rewritten, it is scanned anew", path=spool.path)
+                return False
+            self._known = known
+            if not known.settled or known.key != key or known.end != spool.opened.st_size:
+                return False
+            self._check_limits(spool.opened.st_size, known.count)
+            self._key, self._proven = key, known.proven
+            self._take(known)
         self._believed = self._key
         self._settled = True
         self._look_at_times(spool.opened)
         return True
 
+    @property
+    def _index(self) -> Index:
+        return self._store.indexes.of(self._session.name)
+
+    def _take(self, known: Known) -> None:
+        """Believe an index, and what was scanned behind its end; read it if it is small."""
+        count = known.count + len(self._tail)
+        self.listing = Listing.promised(count, known.octets + sum(self._tail.sizes))
+        if count <= EAGER:
+            with suppress(Damaged):
+                self._load(known)
+
+    def _load(self, known: Known) -> None:
+        """Raises `Damaged`."""
+        spans = known.places()
+        ids = known.ids() if known.identified and not len(self._tail) else None
+        if len(self._tail):
+            spans.extend(self._tail, known.end)
+        listing = Listing(spans.sizes, ids)
+        if (len(listing), listing.octets) != (len(self.listing), self.listing.octets):
+            raise Damaged(f"{self._index.path}: sums and sizes differ")
+        self._spans, self.listing = spans, listing
+
+    def measure(self) -> None:
+        """As `IBlockingMaildrop.measure`. Raises `TemporaryFailure`, and `Busy`."""
+        if self.listing.measured or self._known is None:
+            return
+        try:
+            self._load(self._known)
+        except Damaged as damage:
+            log.info("{damage}: scanned anew", damage=str(damage))
+            self._index.forget()
+            with told(self._spool.path), self._locked_to_read() as locks:
+                self._measure_locked(locks.refresh)
+
+    def _measure_locked(self, refresh: Refresh) -> None:
+        """The index is gone after its sums were told to the client: a scan must give the same."""
+        end = self._known.end + self._tail.end if self._known else 0
+        found = self._spool.stat()
+        try:
+            spans = self._scan(0, end, refresh)
+        except NotAnMbox:
+            spans = Spans()
+        listing = Listing(spans.sizes)
+        if (len(listing), listing.octets) != (len(self.listing), self.listing.octets):
+            raise TemporaryFailure(CHANGED, f"{self._spool.path}: was rewritten")
+        self._spans, self.listing, self._known = spans, listing, None
+        self._proven = 0
+        self._unsaved = True
+        self._remember(found)
+
     def _keep(self) -> None:
         """For the next session: only what would still show a change made right now."""
         whole = self._reading_locks == self._store.locks and self._maybe_spool is not None
+        whole = whole and self.listing.measured and not self._doubted
         if self._settled and self._key is not None and whole:
-            photograph = Photograph(self._key, self._spans, self.listing)
+            photograph = Photograph(self._key, self._spans, self.listing, self._proven)
             self._store.recent.put(self._spool.path, photograph)
 
     def _settle(self) -> None:
@@ -175,8 +249,14 @@ class MboxDrop:
         if self._settled or self._believed is None:
             return
         found = self._spool.stat()
-        if key_of(found) == self._believed and found.st_size == self._spans.end:
+        if key_of(found) == self._believed and found.st_size == self._end:
             self._settled = is_settled(found, clock_ns())
+
+    def _distrust(self) -> None:
+        """The photograph is not true of the file: no later session shall go by it."""
+        self._doubted = True
+        self._index.forget()
+        self._store.recent.forget(self._spool.path)
 
     def _look_at_times(self, found: os.stat_result) -> None:
         self._atime = found.st_atime_ns
@@ -214,12 +294,16 @@ class MboxDrop:
             self._photograph_locked(locks.refresh)
 
     def _photograph_locked(self, refresh: Refresh) -> None:
-        store, spool = self._store, self._spool
+        spool = self._spool
         if not spool.is_at_path():
             raise Busy("spool")  # it has just been replaced: the next try opens the new one
         found = spool.stat()
-        if store.max_octets and found.st_size > store.max_octets:
-            raise PermanentFailure(TOO_LARGE, f"{spool.path}: {found.st_size} octets")
+        self._check_limits(found.st_size, 0)
+        if self._known is not None and self._grown(self._known, found, refresh):
+            self._look_at_times(found)
+            self._remember(found)
+            return
+        self._known = None
         try:
             spans = self._scan(0, found.st_size, refresh)
         except NotAnMbox as fault:
@@ -228,11 +312,47 @@ class MboxDrop:
             ) from None
         if spans.end < found.st_size:
             raise TemporaryFailure(CHANGED, f"{spool.path}: shrank while it was read")
-        if store.max_messages and len(spans) > store.max_messages:
-            raise PermanentFailure(TOO_LARGE, f"{spool.path}: {len(spans)} messages")
+        self._check_limits(0, len(spans))
         self._spans = spans
+        self.listing = Listing(spans.sizes)
+        self._unsaved = True
         self._look_at_times(found)
         self._remember(found)
+
+    def _check_limits(self, size: int, count: int) -> None:
+        store = self._store
+        if store.max_octets and size > store.max_octets:
+            raise PermanentFailure(TOO_LARGE, f"{self._spool.path}: {size} octets")
+        if store.max_messages and count > store.max_messages:
+            raise PermanentFailure(TOO_LARGE, f"{self._spool.path}: {count} messages")
+
+    def _grown(self, known: Known, found: os.stat_result, refresh: Refresh) -> bool:
+        """Whether nothing happened to the spool of an index but that mail was appended, if that.
+
+        The new mail is scanned. Where it does not begin right behind the old, a scan of all might
+        see the old differently, and is made.
+        """
+        same_file = known.key[:2] == (found.st_dev, found.st_ino)
+        if not same_file or found.st_size < known.end:
+            return False
+        if found.st_size > known.end:
+            if not (self._may_begin(known.end) and self._begins(known.end)):
+                return False
+            self._tail = self._scan(known.end, found.st_size, refresh, hide=False)
+            if known.end + self._tail.end < found.st_size:
+                return False
+        self._check_limits(0, known.count + len(self._tail))
+        # What is older is looked at again, message by message, before any of it is sent.
+        self._proven = known.count
+        self._take(known)
+        return True
+
+    @property
+    def _end(self) -> int:
+        """Where the last message ends."""
+        if self.listing.measured or self._known is None:
+            return self._spans.end
+        return self._known.end + self._tail.end
 
     def _remember(self, found: os.stat_result) -> None:
         """All of the photograph is true of the file in this state."""
@@ -240,7 +360,7 @@ class MboxDrop:
         self._key = key_of(found)
         self._believed = self._key if shows_changes(found, now) else None
         # Mail behind the photograph is none of it: then the file's state does not stand for it.
-        whole = found.st_size == self._spans.end
+        whole = found.st_size == self._end
         self._settled = whole and is_settled(found, now)
 
     def _scan(self, start: int, stop: int, refresh: Refresh, hide: bool = True) -> Spans:
@@ -269,18 +389,27 @@ class MboxDrop:
         )
 
     def _is_unchanged(self, index: int) -> bool:
+        believed = self._believed if index >= self._proven else None
         try:
-            return key_of(self._spool.stat()) == self._verified.get(index, self._believed)
+            return key_of(self._spool.stat()) == self._verified.get(index, believed)
         except OSError:
             return False
 
     def _verify(self, index: int) -> None:
-        path = self._spool.path
+        """This message, and those behind it that are likely to be asked for next."""
+        spans, path = self._spans, self._spool.path
         with told(path), self._locked_to_read() as locks:
-            found = self._spool.stat()
+            key = key_of(self._spool.stat())
             if not self._is_same(index, locks.refresh):
+                self._distrust()
                 raise TemporaryFailure(CHANGED, f"{path}: message {index + 1} has changed")
-            self._verified[index] = key_of(found)
+            self._verified = {index: key}
+            for following in range(index + 1, len(spans)):
+                if spans.stop(following) - spans.starts[index] > VERIFIED_AT_ONCE:
+                    break
+                if not self._is_same(following, locks.refresh):
+                    break
+                self._verified[following] = key
 
     def _is_same(self, index: int, refresh: Refresh) -> bool:
         """Under the locks: is message `index` in its place, and the same as far as is known?"""
@@ -340,33 +469,57 @@ class MboxDrop:
         if self._maybe_spool is None:
             self.listing = self.listing.with_ids([])
             return
+        self.measure()
+        if self.listing.identified:
+            return
+        known = self._known_ids()
+        first = len(known) if known else 0
         with told(self._spool.path):
-            digests = self._digests() if self._believed else []
-            if not self._believed or key_of(self._spool.stat()) != self._believed:
-                digests = self._digests_locked()
-        self.listing = self.listing.with_ids(unique_ids(digests))
+            sure = self._believed if first >= self._proven else None
+            digests = self._digests(first) if sure else []
+            if not sure or key_of(self._spool.stat()) != sure:
+                digests = self._digests_locked(first)
+        if known is None:
+            ids = Ids.of(unique_ids(digests))
+        else:
+            # Most new mail is no copy of what is there; then none of that need be looked through.
+            copies = any(text_of(digest) in known.text for digest in digests)
+            ids = known.followed_by(Ids.of(more_ids(known if copies else (), digests)))
+        self.listing = self.listing.with_ids(ids)
+        self._unsaved = True
         self._settle()
         self._keep()
 
-    def _digests(self, refresh: Refresh = lambda: None) -> list[bytes]:
+    def _known_ids(self) -> Ids | None:
+        """The ids that an index holds of the messages before the new ones."""
+        if self._known is not None and self._known.identified:
+            with suppress(Damaged):
+                return self._known.ids()
+        return None
+
+    def _digests(self, first: int, refresh: Refresh = lambda: None) -> list[bytes]:
         digests = []
-        for index in range(len(self._spans)):
+        for index in range(first, len(self._spans)):
             digests.append(self._digest(self._spans, index))
             refresh()
         return digests
 
-    def _digests_locked(self) -> list[bytes]:
+    def _digests_locked(self, first: int) -> list[bytes]:
         """Something was written: unless that was new mail only, ids would be of other octets."""
+        spans = self._spans
         with self._locked_to_read() as locks:
             found = self._spool.stat()
+            start = spans.starts[first] if first else 0
             try:
-                spans = self._scan(0, self._spans.end, locks.refresh)
+                again = self._scan(start, spans.end, locks.refresh, hide=not first)
             except NotAnMbox:
-                spans = Spans()
-            if spans != self._spans:
+                again = Spans()
+            if not spans.ends_with(again, first, start):
                 raise TemporaryFailure(CHANGED, f"{self._spool.path}: was rewritten")
-            digests = self._digests(locks.refresh)
-            self._remember(found)
+            digests = self._digests(first, locks.refresh)
+            if not first:
+                self._proven = 0
+                self._remember(found)
         return digests
 
     # Deleting
@@ -379,10 +532,11 @@ class MboxDrop:
         rows = sorted(set(deleted))
         if not rows:
             return
-        if rows[0] < 0 or rows[-1] >= len(self._spans):
+        if rows[0] < 0 or rows[-1] >= len(self.listing):
             raise IndexError("no such message in this maildrop")
         if self._read_only:
             raise PermanentFailure(READ_ONLY, self._read_only)
+        self.measure()
         spool = self._spool
         with (
             told(spool.path, READ_ONLY, NOT_LOCKED),
@@ -402,22 +556,40 @@ class MboxDrop:
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
         with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
             self._committed = True
+            self._unsaved = False
             self._store.recent.forget(spool.path)
+            self._index.forget()
             self._store.journals.of(spool.path).replace_tail(
                 spool.fd, first, kept, found.st_size, locks.refresh, locks.held
             )
+        left = self._left_by(spans, rows, end) if end == spans.end else None
         self._set_times(has_new_mail=found.st_size > self._spans.end or self._had_new_mail)
+        if left is not None:
+            self._left = left._replace(key=key_of(spool.stat()))
+
+    def _left_by(self, spans: Spans, rows: list[int], end: int) -> _Left | None:
+        """What is left, for the index: nobody else has written since the locks were taken."""
+        left = spans.without(rows, end)
+        # Without a separator where it should be, where the next message begins is not certain.
+        if left.end < SMALLEST or not self._may_begin(left.end):
+            return None
+        ids = None
+        if spans is self._spans and self.listing.identified:
+            ids = self.listing.ids.without(rows)
+        # Read before the times are set: reading sets one of them.
+        return _Left(key_of(self._spool.stat()), tail_of(self._spool, left.end), left, ids)
 
     def _agree(
         self, found: os.stat_result, rows: list[int], refresh: Refresh
     ) -> tuple[Spans, list[int], int]:
         """Where the messages to delete are now, and where the last of all messages ends."""
         spans = self._spans
-        if self._settled and key_of(found) == self._key:
+        if self._settled and key_of(found) == self._key and rows[0] >= self._proven:
             return spans, rows, spans.end
         end = self._end_of_last(found.st_size)
         if end and all(self._is_same(index, refresh) for index in rows):
             return spans, rows, end
+        self._distrust()
         try:
             spans = self._scan(0, found.st_size, refresh)
         except NotAnMbox as fault:
@@ -495,8 +667,48 @@ class MboxDrop:
                 with suppress(OSError):
                     self._settle()
                     self._keep()
+            if not self.quick_release:
+                self._save()
             self._maybe_spool.close()
         self._session.release()
+
+    @property
+    def quick_release(self) -> bool:
+        """As `IBlockingMaildrop.quick_release`: there is no index to be written."""
+        if self._left is not None:
+            return False
+        return (
+            not self._unsaved
+            or self._doubted
+            or self._believed is None
+            or self._end < SMALLEST
+            or not self.listing.measured
+            or self._reading_locks != self._store.locks
+        )
+
+    def _save(self) -> None:
+        if self._left is not None:
+            # What was written just now need not show in the key: nothing of it is proven.
+            key, tail, spans, ids = self._left
+            self._index.save(key, False, len(spans), tail, spans, ids)
+        elif self._believed is not None:
+            with suppress(OSError):
+                tail = tail_of(self._spool, self._end)
+                if key_of(self._spool.stat()) != self._believed:
+                    return  # the tail may be another one than was scanned
+                ids = self.listing.ids if self.listing.identified else None
+                self._index.save(
+                    self._believed, self._settled, self._proven, tail, self._spans, ids
+                )
+
+
+class _Left(NamedTuple):
+    """What a commit has left of the spool."""
+
+    key: Key
+    tail: bytes
+    spans: Spans
+    ids: Ids | None
 
 
 def plan(spans: Spans, rows: list[int], end: int, size: int) -> tuple[int, list[tuple[int, int]]]:

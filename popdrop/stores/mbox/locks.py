@@ -81,7 +81,9 @@ class SessionLock:
 
     def __init__(self, folder: str, spool: str) -> None:
         """Raises `OSError` where the spool's folder is missing."""
-        self._path = os.path.join(folder, sha256(identity(spool)).hexdigest())
+        self.name = sha256(identity(spool)).hexdigest()
+        """A name for all that is kept of this spool in the state folder."""
+        self._path = os.path.join(folder, self.name)
         self._fd = -1
 
     def take(self) -> None:

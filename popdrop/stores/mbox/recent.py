@@ -27,6 +27,8 @@ class Photograph(NamedTuple):
     key: Key
     spans: Spans
     listing: Listing
+    proven: int = 0
+    """As in `index.Known`: messages before this one were scanned in an earlier state."""
 
 
 class Recent:

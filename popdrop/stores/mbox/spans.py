@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -41,6 +42,43 @@ class Spans:
 
     def __len__(self) -> int:
         return len(self.starts)
+
+    def columns(self) -> tuple[array[int], ...]:
+        """All that there is for each message."""
+        return (self.starts, self.heads, self.lengths, self.sizes, self.checks, self.altered)
+
+    def extend(self, more: Spans, offset: int) -> None:
+        """Add those of a part that was scanned by itself and begins at `offset`."""
+        self.starts.extend(array("Q", [start + offset for start in more.starts]))
+        for mine, added in zip(self.columns()[1:], more.columns()[1:], strict=True):
+            mine.extend(added)
+        self.end = offset + more.end
+
+    def ends_with(self, part: Spans, first: int, start: int) -> bool:
+        """Whether a scan from offset `start` on, where message `first` begins, gave the same."""
+        return (
+            part.end + start == self.end
+            and (first > 0 or part.hidden == self.hidden)
+            and array("Q", [each + start for each in part.starts]) == self.starts[first:]
+            and all(
+                theirs == mine[first:]
+                for theirs, mine in zip(part.columns()[1:], self.columns()[1:], strict=True)
+            )
+        )
+
+    def without(self, rows: Sequence[int], end: int) -> Spans:
+        """Those that are left when `rows`, ascending, are cut out. `end` is where the last ends."""
+        left = Spans(hidden=self.hidden)
+        removed = position = 0
+        for row in (*rows, len(self)):
+            left.starts.extend(array("Q", [start - removed for start in self.starts[position:row]]))
+            for kept, all_ in zip(left.columns()[1:], self.columns()[1:], strict=True):
+                kept.extend(all_[position:row])
+            if row < len(self):
+                removed += (self.starts[row + 1] if row + 1 < len(self) else end) - self.starts[row]
+            position = row + 1
+        left.end = end - removed
+        return left
 
     def offset(self, index: int) -> int:
         """Where the octets behind the From_ line of message `index` (0-based) begin."""

@@ -17,6 +17,7 @@ from zope.interface import implementer
 from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
 from popdrop.interfaces import IBlockingStore, IStoreFactory
 from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
+from popdrop.stores.mbox.index import Indexes
 from popdrop.stores.mbox.journal import Journals, Leftover
 from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, sweep
 from popdrop.stores.mbox.recent import Recent
@@ -69,6 +70,8 @@ class MboxStore:
         self.max_messages = max_messages
         self.max_octets = max_octets
         self.recent = Recent()
+        form = f"{kind} {self.unquote} {sorted(self.strip)}"
+        self.indexes = Indexes(state_dir, form.encode())
         self.journals = Journals(state_dir)
 
     def open(self, owner: Owner) -> MboxDrop:
@@ -127,6 +130,7 @@ class MboxStore:
 
         Where all spools lie in one folder; those in home folders wait for a login.
         """
+        self.indexes.sweep()
         folder = os.path.dirname(self._template.text)
         folders = [self.journals.folder] + ([] if "{" in folder else [folder])
         for each in folders:
