@@ -4,7 +4,7 @@ from __future__ import annotations
 
 
 def main() -> None:
-    """Run the command line and exit: 0 done, 1 refused, 2 wrong usage."""
+    """Run the command line and exit, as docs/reference/exit-codes.rst says."""
     from popdrop.cli.main import popdrop
 
     popdrop(prog_name="popdrop")

@@ -461,7 +461,7 @@ class Popdrop(Service):
 
     def _is_all_ours(self) -> bool:
         """Whether the state folder holds nothing but what Popdrop and `popdrop user` make."""
-        names = {certs.SELF_MADE, "locks", "journal", "journal.key"}
+        names = {certs.SELF_MADE, "locks", "journal", "journal.key", "fsck"}
         names |= {os.path.basename(each.path) + e for each in self._databases for e in ENDINGS}
         return set(os.listdir(self.state_dir)) <= names
 

@@ -30,6 +30,7 @@ from popdrop.cli.main import popdrop
 from popdrop.errors import ConfigError
 from popdrop.policy import network
 from popdrop.spec import parse
+from popdrop.stores.mbox.findings import KINDS
 from popdrop.stores.mbox.store import MboxFactory
 from popdrop.stores.template import FIELDS
 from popdrop.tap import Options
@@ -212,6 +213,8 @@ class MentionTests(SynchronousTestCase):
         for code in (errors.InUse.code, errors.BadCredentials.code, errors.TemporaryFailure.code):
             self.assertIn(f"``[{code.decode('ascii')}]``", text["popdrop-codes"])
         self.assertIn("      STLS\n", text["popdrop-capabilities"])
+        for name, kind in KINDS.items():
+            self.assertIn(f"``{name}``\n     - {kind.severity.value}\n", text["popdrop-fsck-kinds"])
 
     def test_links(self) -> None:
         text = (ROOT / "README.md").read_text("utf-8")
@@ -307,7 +310,7 @@ class RunTests(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, self.folder, True)
         self.environment = {**environment(self.folder), "PWD": str(self.folder)}
 
-    def shell(self, line: str, given: str = "") -> str:
+    def shell(self, line: str, given: str = "", status: int = 0) -> str:
         """What `line` prints; `popdrop` is this checkout's, and asks at standard input."""
         line = re.sub(r"^popdrop user (add|passwd)\b", r"popdrop user \1 --stdin", line)
         if "--generate" in line or "--remove" in line or line.count("--stdin") > 1:
@@ -322,7 +325,7 @@ class RunTests(SynchronousTestCase):
             text=True,
             timeout=DEADLINE,
         )
-        self.assertEqual(done.returncode, 0, f"{line}\n{done.stderr}")
+        self.assertEqual(done.returncode, status, f"{line}\n{done.stderr}")
         return done.stdout
 
     def server(self, line: str) -> Documented:
@@ -364,6 +367,27 @@ class RunTests(SynchronousTestCase):
         self.assertRegex(listed, r"(?m)^carol password=yes apop=no disabled=no")
         self.assertRegex(listed, r"(?m)^dave password=no apop=yes disabled=no")
         self.assertNotIn("bob", listed)
+
+    def test_fsck(self) -> None:
+        """With the folders, the moment and the size of the page: the last is of the host's name."""
+        state, mail = self.folder / "state", self.folder / "mail"
+        for folder in (state, mail):
+            folder.mkdir(0o700)
+        spool = mail / "bob"
+        spool.write_bytes(
+            b"lost text\n\nFrom carol@example.org Mon Jan  6 11:58:00 2025\n"
+            b"Subject: lunch\n\nAt one?\n\0\0\0\nCarol"
+        )
+        spool.chmod(0o660)
+        looked, mended = blocks("fsck")
+        for block, status in ((looked, 4), (mended, 1)):
+            ((line, expected),) = block.steps()
+            line = line.replace("/var/lib/popdrop", str(state)).replace("/var/mail", str(mail))
+            said = self.shell(line, status=status)
+            said = said.replace(str(state), "/var/lib/popdrop").replace(str(mail), "/var/mail")
+            said = re.sub(r"[0-9]{8}T[0-9]{6}Z-", "20250106T120000Z-", said)
+            said = re.sub(r"\(2 messages, [0-9]+", "(2 messages, 357", said)
+            self.compare(said, expected)
 
     def test_tutorial(self) -> None:
         """From the first command to the last, with the answers that the page shows."""

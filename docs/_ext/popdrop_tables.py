@@ -13,6 +13,7 @@ from popdrop import errors, record, throttle
 from popdrop.listing import Listing
 from popdrop.policy import Policy
 from popdrop.session import COMMANDS, Session, State
+from popdrop.stores.mbox.findings import KINDS
 from popdrop.tap import Options
 from popdrop.values import PeerFacts, SessionRecord, Tally
 
@@ -170,6 +171,17 @@ def log_samples() -> Iterator[str]:
         yield ""
 
 
+def fsck_kinds() -> Iterator[str]:
+    """Every kind of finding of `popdrop fsck`."""
+
+    def rows() -> Iterator[tuple[str, ...]]:
+        for name, kind in KINDS.items():
+            mended = "yes" if kind.mendable else "no"
+            yield f"``{name}``", kind.severity.value, mended, kind.meaning
+
+    return _table(("Kind", "Severity", "Mended", "Meaning"), rows(), "20 13 11 56")
+
+
 DIRECTIVES = {
     "popdrop-options": options,
     "popdrop-commands": commands,
@@ -177,4 +189,5 @@ DIRECTIVES = {
     "popdrop-codes": codes,
     "popdrop-throttle-keys": throttle_keys,
     "popdrop-log-samples": log_samples,
+    "popdrop-fsck-kinds": fsck_kinds,
 }

@@ -8,6 +8,7 @@ import click
 
 import popdrop as package
 from popdrop.accounts.database import Refused
+from popdrop.cli.fsck import fsck
 from popdrop.cli.user import user
 from popdrop.errors import ConfigError, PopdropError
 
@@ -34,4 +35,5 @@ def popdrop() -> None:
     """
 
 
+popdrop.add_command(fsck)
 popdrop.add_command(user)

@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import shlex
 import time
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
@@ -308,7 +309,9 @@ class MboxDrop:
             spans = self._scan(0, found.st_size, refresh)
         except NotAnMbox as fault:
             raise PermanentFailure(
-                CORRUPT, f"{spool.path}: no From_ line at line {fault.line}, offset {fault.offset}"
+                CORRUPT,
+                f"{spool.path}: no From_ line at line {fault.line}, offset {fault.offset}; "
+                f"`popdrop fsck {shlex.quote(spool.path)}` shows what is wrong",
             ) from None
         if spans.end < found.st_size:
             raise TemporaryFailure(CHANGED, f"{spool.path}: shrank while it was read")

@@ -595,6 +595,31 @@ class Journal:
             return False
         return True
 
+    def look(self) -> list[tuple[str, str]]:
+        """What lies at the journal's names: paths, and what speaks against each, or nothing.
+
+        Changes nothing; the key must be there. Raises `OSError`. Without the locks the answer may
+        be old before it is given.
+        """
+        found = []
+        for place in self._places:
+            if self._exists(place.new):
+                found.append((place.new, ""))
+            if self._exists(place.journal):
+                found.append((place.journal, self._fault(place)))
+        return found
+
+    def _fault(self, place: _Place) -> str:
+        with _Record(self._files, place) as record:
+            try:
+                if record.open_trusted() and self._files.fstat(record.fd).st_size:
+                    self._read(record, _nothing)
+            except (Untrusted, Unsupported, BadKey) as refused:
+                return refused.detail.removeprefix(f"{place.journal}: ")
+            except _Damaged:
+                pass  # a recovery keeps it aside
+        return ""
+
     # The update
 
     def replace_tail(

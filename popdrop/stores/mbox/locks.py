@@ -21,7 +21,7 @@ from contextlib import suppress
 from hashlib import sha256
 from secrets import token_hex
 from types import TracebackType
-from typing import ClassVar, Final
+from typing import ClassVar, Final, NamedTuple
 
 from popdrop.errors import Busy
 
@@ -36,7 +36,8 @@ TOUCH_EVERY: Final = 60.0
 
 _FLOCK: Final = struct.Struct("hhqqi4x")
 _HOLDER: Final = re.compile(rb"\s*([1-9][0-9]{0,9})(?::(\S+))?\s*(?:\n(\S+)\s*)?(?:\n|\Z)")
-_TEMPORARY: Final = ".popdrop-lock-"
+TEMPORARY: Final = ".popdrop-lock-"
+"""What the names of dot-locks in the making hold, behind a dot and the name of the spool."""
 _NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 
 
@@ -52,6 +53,16 @@ def _lock_file(fd: int, kind: int) -> bool:
             return False
         raise
     return True
+
+
+def fcntl_holder(fd: int) -> int:
+    """The PID that keeps a write lock from this description: 0 for nobody, -1 where none is told.
+
+    Locks of an open file description, such as ours, tell none (fcntl(2), F_OFD_GETLK).
+    """
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+    answer = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked))
+    return 0 if answer[0] == fcntl.F_UNLCK else int(answer[4])
 
 
 class NoDotLock(OSError):
@@ -113,6 +124,34 @@ class SessionLock:
                 os.close(fd)
         with self._guard:
             self._held.discard(self._path)
+
+
+def hold(folder: str, spool: str) -> SessionLock:
+    """Take the session lock of a spool. `folder` is made where it is missing, and its parent too.
+
+    Raises `Busy("session")`, or `OSError`.
+    """
+    session = SessionLock(folder, spool)
+    try:
+        session.take()
+    except FileNotFoundError:
+        # Made at the first login: by then the rights of the start have been dropped.
+        os.makedirs(os.path.dirname(folder), 0o700, exist_ok=True)
+        with suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+        session.take()
+    return session
+
+
+class Held(NamedTuple):
+    """A dot-lock that lies there: `holder` in words; `stale` as `is_stale` judges.
+
+    `fault` says what it is where it is no plain file, and is empty otherwise.
+    """
+
+    holder: str
+    stale: bool
+    fault: str
 
 
 class SpoolLocks:
@@ -207,7 +246,7 @@ class DotLock:
         self.path = spool + ".lock"
         self._folder, name = os.path.split(spool)
         self._folder = self._folder or "."
-        self._temporary = os.path.join(self._folder, f".{name}{_TEMPORARY}")
+        self._temporary = os.path.join(self._folder, f".{name}{TEMPORARY}")
         self._fd = -1
         self._clock = 0.0
 
@@ -291,6 +330,25 @@ class DotLock:
         except PermissionError:
             return False
         return True
+
+    def look(self, now: float) -> Held | None:
+        """What lies at the path, `None` for nothing. Changes nothing. Raises `OSError`.
+
+        `now` is in seconds since the epoch.
+        """
+        try:
+            found = os.lstat(self.path)
+            if not stat.S_ISREG(found.st_mode):
+                return Held("", False, "is no plain file")
+            content = self._content()
+        except FileNotFoundError:
+            return None
+        holder = _HOLDER.match(content)
+        words = "an unnamed process"
+        if holder:
+            host = os.fsdecode(holder[2] or holder[3] or b"")
+            words = f"process {int(holder[1])}" + (f" of {host!a}" if host else "")
+        return Held(words, is_stale(content, found.st_mtime, now), "")
 
     def _content(self) -> bytes:
         flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -403,7 +461,7 @@ def sweep(folder: str) -> int:
     before = time.time() - STALE_AFTER
     with os.scandir(folder) as entries:
         for entry in entries:
-            if not (entry.name.startswith(".") and _TEMPORARY in entry.name):
+            if not (entry.name.startswith(".") and TEMPORARY in entry.name):
                 continue
             with suppress(OSError):
                 found = entry.stat(follow_symlinks=False)

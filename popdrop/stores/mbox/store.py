@@ -18,8 +18,8 @@ from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
 from popdrop.interfaces import IBlockingStore, IStoreFactory
 from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
 from popdrop.stores.mbox.index import Indexes
-from popdrop.stores.mbox.journal import Journals, Leftover
-from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, sweep
+from popdrop.stores.mbox.journal import Journal, Journals, Leftover, Recovered
+from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, hold, sweep
 from popdrop.stores.mbox.recent import Recent
 from popdrop.stores.mbox.recovery import MboxForm
 from popdrop.stores.mbox.scan import UNQUOTES
@@ -31,6 +31,31 @@ from popdrop.values import Owner
 log = Logger()
 
 _FORM: Final = MboxForm()
+
+
+def recover(
+    journal: Journal, path: str, spool: Spool | None, kinds: tuple[str, ...]
+) -> list[Recovered]:
+    """Under the session lock: end what a crash has left unfinished; what was done.
+
+    Takes the spool locks of `kinds`. Raises `Busy`, what `Journal.recover` does, and `OSError`.
+    """
+    if spool is None:
+        lock = DotLock(path)
+        if "dot" in kinds and not lock.take():
+            raise Busy("spool")
+        try:
+            return journal.recover(None, _FORM)
+        finally:
+            lock.release()
+    if not spool.writable:
+        raise TemporaryFailure(TRY_LATER, f"{path}: a journal waits, and the spool is read-only")
+    with SpoolLocks(spool.fd, path, kinds, True) as locks:
+        if not spool.is_at_path():
+            raise Busy("spool")
+        done = journal.recover(spool.fd, _FORM, locks.refresh)
+        spool.opened = spool.stat()
+    return done
 
 
 @implementer(IBlockingStore)
@@ -99,24 +124,7 @@ class MboxStore:
         journal = self.journals.of(path)
         if not journal.pending():
             return
-        if spool is None:
-            lock = DotLock(path)
-            if "dot" in self.locks and not lock.take():
-                raise Busy("spool")
-            try:
-                done = journal.recover(None, _FORM)
-            finally:
-                lock.release()
-        elif not spool.writable:
-            raise TemporaryFailure(
-                TRY_LATER, f"{path}: a journal waits, and the spool is read-only"
-            )
-        else:
-            with SpoolLocks(spool.fd, path, self.locks, True) as locks:
-                if not spool.is_at_path():
-                    raise Busy("spool")
-                done = journal.recover(spool.fd, _FORM, locks.refresh)
-                spool.opened = spool.stat()
+        done = recover(journal, path, spool, self.locks)
         for each in done:
             log.warn(
                 "{path}: recovered from a crash: {outcome}{aside}",
@@ -167,16 +175,7 @@ class MboxStore:
             log.error("{path}: {detail}", path=leftover.path, detail=error.detail or error.text)
 
     def _hold(self, path: str) -> SessionLock:
-        session = SessionLock(self._folder, path)
-        try:
-            session.take()
-        except FileNotFoundError:
-            # Made at the first login: by then the rights of the start have been dropped.
-            os.makedirs(os.path.dirname(self._folder), 0o700, exist_ok=True)
-            with suppress(FileExistsError):
-                os.mkdir(self._folder, 0o700)
-            session.take()
-        return session
+        return hold(self._folder, path)
 
     def _uids(self, owner: Owner) -> frozenset[int] | None:
         """Whose files are accepted as the owner's spool; `None` is anybody's."""
