@@ -28,6 +28,7 @@ from popdrop.cli.main import popdrop
 from popdrop.errors import PermanentFailure
 from popdrop.stores.mbox import check as check_module
 from popdrop.stores.mbox import fsck as fsck_module
+from popdrop.stores.mbox import mend as mend_module
 from popdrop.stores.mbox.beside import look_at_rights
 from popdrop.stores.mbox.check import Ids, examine
 from popdrop.stores.mbox.findings import KINDS, MOST, Finding, printable, unwatched
@@ -837,6 +838,11 @@ class NothingLostTests(Case):
 
 class CrashTests(Case):
     """Killed, or refused by the system, at every call that changes something."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        # So that what is appended takes some writes.
+        self.patch(mend_module, "BLOCK", 5)
 
     def each_call(self, error: Callable[[], BaseException], torn: bool) -> int:
         for number in range(1000):

@@ -177,7 +177,12 @@ def fsck_kinds() -> Iterator[str]:
     def rows() -> Iterator[tuple[str, ...]]:
         for name, kind in KINDS.items():
             mended = "yes" if kind.mendable else "no"
-            yield f"``{name}``", kind.severity.value, mended, kind.meaning
+            yield (
+                f"``{name}``",
+                kind.severity.value,
+                mended,
+                kind.meaning.replace("From_", "``From_``"),
+            )
 
     return _table(("Kind", "Severity", "Mended", "Meaning"), rows(), "20 13 11 56")
 
