@@ -70,6 +70,7 @@ KINDS: Final = {
     "lock-odd": Kind(_E, False, "what lies at the dot-lock's name is no lock"),
     "lock-none": Kind(_N, False, "the spool was read without a dot-lock"),
     "lock-temporary": Kind(_W, True, "a dot-lock in the making, of a killed process"),
+    "index": Kind(_W, True, "an index that is damaged, or does not agree with the spool"),
     "journal": Kind(_W, True, "an unfinished update"),
     "journal-foreign": Kind(_E, False, "a journal that is not of this server"),
     "orphan": Kind(_W, False, "a journal that was kept aside for somebody to look at"),

@@ -116,7 +116,7 @@ class Known:
 class Index:
     """The index of one spool. All methods block; the session lock is held."""
 
-    def __init__(self, path: str, form: bytes) -> None:
+    def __init__(self, path: str, form: bytes | None) -> None:
         self.path = path
         self._form = form
 
@@ -149,7 +149,8 @@ class Index:
             return None
         (magic, version, flags, dev, ino, size, mtime, ctime, proven, end, count, octets, text,
          form, tail, *rest) = _HEADER.unpack(header)  # fmt: skip
-        if (magic, version, form) != (MAGIC, VERSION, self._form):
+        wanted = form if self._form is None else self._form
+        if (magic, version, form) != (MAGIC, VERSION, wanted):
             return None
         return Known(
             key=(dev, ino, size, mtime, ctime),
@@ -236,11 +237,14 @@ class Index:
 
 
 class Indexes:
-    """The folder of all indexes: STATE/index. `form` is a sum of the options they depend on."""
+    """The folder of all indexes: STATE/index.
 
-    def __init__(self, state_dir: str, form: bytes) -> None:
+    `form` tells the options that they depend on; with `None` those of any are read.
+    """
+
+    def __init__(self, state_dir: str, form: bytes | None) -> None:
         self.folder = os.path.join(state_dir, "index")
-        self._form = sha256(form).digest()
+        self._form = None if form is None else sha256(form).digest()
 
     def of(self, name: str) -> Index:
         """The index of the spool whose session lock has that name."""

@@ -122,17 +122,20 @@ class Mender:
         yield from self._read(0, octets)
 
     def _is_wrapped(self, content: Content) -> bool:
-        """Whether the last message is already the one that holds what is before the first."""
-        if not content.messages:
-            return False
-        start = content.first + content.spans.starts[-1]
-        head = self._spool.read(start, start + _HEADER)
+        """Whether a message already holds what is before the first one, and nothing else.
+
+        Mail may have come behind it since the run that wrapped it was killed.
+        """
         mark = b"\n%s: %s\n\n" % (MARK, _sum(self._read(0, content.garbage)))
-        place = head.find(mark)
-        body = start + place + len(mark)
-        if place < 0 or body + content.garbage != content.size:
-            return False
-        return mark.split()[1] == _sum(self._read(body, content.size))
+        stop = content.size
+        for place in reversed(content.spans.starts):
+            start = content.first + place
+            found = self._spool.read(start, start + _HEADER).find(mark)
+            body = start + found + len(mark)
+            if found >= 0 and body + content.garbage == stop:
+                return mark.split()[1] == _sum(self._read(body, stop))
+            stop = start
+        return False
 
 
 def reader(spool: Spool, locks: SpoolLocks) -> Read:
