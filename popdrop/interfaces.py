@@ -152,6 +152,12 @@ class IThrottle(Interface):
     def delay(peer: IAddress, user: bytes) -> float:
         """Seconds after its receipt at which a failed login of these is answered."""
 
+    def enter(user: bytes) -> bool:
+        """May this verified user have one more connection? Each `True` is paid back by one `quit`."""
+
+    def quit(user: bytes) -> None:
+        """The connection that `enter` let in is this user's no more."""
+
     def leave(peer: IAddress) -> None:
         """The connection that `admit` let in is gone."""
 

@@ -149,6 +149,7 @@ class POP3Protocol(Protocol):
         self._verified = False
         self._reason = "disconnected"
         self._account = b""
+        self._entered: bytes | None = None
         self._mechanism: str | None = None
         self._facts = PeerFacts()
 
@@ -235,10 +236,16 @@ class POP3Protocol(Protocol):
 
     def _finish(self) -> None:
         """Once the connection is gone and no commit is in progress any more."""
+        self._quit_user()
         probed = self._reason == "quit-before-login" and self._session.user is not None
         if self._session.logged_in or self._reason in ("quit", "commit-failed") or probed:
             self._record("end", self._reason)
         self.factory.forget(self)
+
+    def _quit_user(self) -> None:
+        user, self._entered = self._entered, None
+        if user is not None:
+            self.factory.throttle.quit(user)
 
     def readConnectionLost(self) -> None:
         """The client sends no more; what it has asked for is still answered."""
@@ -661,6 +668,7 @@ class POP3Protocol(Protocol):
         except LoginFailed:
             error = BadCredentials(FAILED)
         except CancelledError:
+            self._quit_user()
             self._record("failure", "abandoned", credentials.mechanism)
             raise
         except Exception:
@@ -678,6 +686,7 @@ class POP3Protocol(Protocol):
             self.transport.write(reply)
             return
         self._verified = False
+        self._quit_user()
         bad = isinstance(error, BadCredentials)
         why = (error.detail or "bad-credentials") if bad else error.word
         self._record("failure", why, mechanism)
@@ -715,6 +724,9 @@ class POP3Protocol(Protocol):
     def _now_verified(self, name: bytes) -> None:
         # Opening may take as long as the locks do; the deadline is for strangers (decision 27).
         self._verified = True
+        if not self.factory.throttle.enter(name):
+            raise TemporaryFailure("too many connections of this user, try again later", "limit")
+        self._entered = name
         holder = self.factory.holders.get(name)
         if holder is not None and holder is not self:
             holder.give_way(self.factory.takeover)

@@ -55,7 +55,7 @@ PROOFS: Final = 16
 
 OUTCOMES: Final = frozenset({"good", "bad", "void"})
 
-DEFAULTS: Final = {"total": 1000, "per-address": 50, "fade": 600, "tracked": 16384}
+DEFAULTS: Final = {"total": 1000, "per-address": 50, "per-user": 20, "fade": 600, "tracked": 16384}
 """`tracked`: so many addresses, users and pairs of both are remembered, the oldest go first.
 
 An address costs 0.4 KB, with 16 wrong secrets 1.5 KB; a user 0.3 KB; a pair 0.3 KB (measured).
@@ -86,6 +86,7 @@ def from_spec(text: str, clock: IReactorTime) -> Memory | Off:
         clock,
         total=numbers["total"],
         per_address=numbers["per-address"],
+        per_user=numbers["per-user"],
         fade=numbers["fade"],
         tracked=numbers["tracked"],
     )
@@ -208,18 +209,26 @@ class Memory:
     floor: float = FLOOR
 
     def __init__(
-        self, clock: IReactorTime, total: int, per_address: int, fade: float, tracked: int
+        self,
+        clock: IReactorTime,
+        total: int,
+        per_address: int,
+        fade: float,
+        tracked: int,
+        per_user: int = DEFAULTS["per-user"],
     ) -> None:
         self.proof_key = os.urandom(32)
         self._seconds = clock.seconds
         self._total = total
         self._per_address = per_address
+        self._per_user = per_user
         self._rate = len(STEPS) / fade
         self._user_rate = USER_FAILURES / fade
         self._fade = fade
         self._tracked = tracked
         self._connected = 0
         self._connections: dict[str, int] = {}
+        self._entered: dict[bytes, int] = {}
         self._addresses: OrderedDict[str, _Count] = OrderedDict()
         self._users: OrderedDict[bytes, _Count] = OrderedDict()
         self._known: OrderedDict[tuple[str, bytes], float] = OrderedDict()
@@ -245,6 +254,20 @@ class Memory:
             else:
                 del self._connections[key]
         self._connected -= 1
+
+    def enter(self, user: bytes) -> bool:
+        here = self._entered.get(user, 0)
+        if here >= self._per_user:
+            return False
+        self._entered[user] = here + 1
+        return True
+
+    def quit(self, user: bytes) -> None:
+        here = self._entered[user]
+        if here > 1:
+            self._entered[user] = here - 1
+        else:
+            del self._entered[user]
 
     def attempt(self, peer: IAddress, user: bytes, proof: bytes | None) -> _Ticket:
         now = self._seconds()
@@ -332,6 +355,12 @@ class Off:
         return True
 
     def leave(self, peer: IAddress) -> None:
+        pass
+
+    def enter(self, user: bytes) -> bool:
+        return True
+
+    def quit(self, user: bytes) -> None:
         pass
 
     def attempt(self, peer: IAddress, user: bytes, proof: bytes | None) -> _FreeTicket:

@@ -356,6 +356,38 @@ class LimitTests(SynchronousTestCase):
         self.assertEqual(server.records.records[-1].reason, "idle-timeout")
         self.assertEqual(len(server.store.messages), 2)
 
+    def test_connections_of_a_user(self) -> None:
+        """Those that wait for the maildrop count; wrong passwords and other users do not."""
+        server = Server(throttle="memory:per-user=2")
+        server.checker.accounts[b"alice"] = Account(b"alice")
+        server.store.open_answer = Deferred()
+        login = b"USER bob\r\nPASS secret\r\n"
+        waiting = [server.connect() for _ in range(3)]
+        for protocol, _ in waiting:
+            protocol.dataReceived(login)
+        self.assertEqual(
+            [transport.value().splitlines()[2:] for _, transport in waiting],
+            [[], [], [b"-ERR [SYS/TEMP] too many connections of this user, try again later"]],
+        )
+        for protocol, _ in waiting:
+            lose(protocol)
+        server.store.open_answer = None
+        for name, password, answer in (
+            (b"alice", b"secret", b"+OK alice"),
+            (b"bob", b"wrong", b"-ERR [AUTH]"),
+            (b"bob", b"wrong", b"-ERR [AUTH]"),
+        ):
+            protocol, transport = server.connect()
+            protocol.dataReceived(b"USER %s\r\nPASS %s\r\n" % (name, password))
+            server.clock.pump([1.0] * 30)
+            self.assertIn(b"\r\n" + answer, transport.value())
+            lose(protocol)
+        for _ in range(3):
+            protocol, transport = server.connect()
+            protocol.dataReceived(login)
+            self.assertIn(b"+OK bob has", transport.value())
+            lose(protocol)
+
     def test_a_client_that_stops_reading_is_cut_off(self) -> None:
         server = Server([b"x" * 999 + b"\n"])
         server.store.hot = False

@@ -88,7 +88,7 @@ class SpecTests(Case):
 
     def test_an_unknown_key_is_answered_with_all_keys(self) -> None:
         error = self.assertRaises(ConfigError, from_spec, "memory:users=3", self.clock)
-        for key in ("total=", "per-address=", "fade=", "tracked="):
+        for key in ("total=", "per-address=", "per-user=", "fade=", "tracked="):
             self.assertIn(key, str(error))
 
     def test_each_process_has_its_own_proof_key(self) -> None:
@@ -121,6 +121,17 @@ class ConnectionTests(Case):
         throttle = self.memory(per_address=1)
         self.assertTrue(throttle.admit(v4("127.0.0.1")))
         self.assertFalse(throttle.admit(v4("127.0.0.1")))
+
+    def test_a_user_has_so_many(self) -> None:
+        throttle = self.memory(per_user=2)
+        self.assertEqual([throttle.enter(b"bob") for _ in range(3)], [True, True, False])
+        self.assertTrue(throttle.enter(b"alice"))
+        throttle.quit(b"bob")
+        self.assertEqual([throttle.enter(b"bob") for _ in range(2)], [True, False])
+        for user in (b"bob", b"alice", b"bob"):
+            throttle.quit(user)
+        self.assertEqual(throttle._entered, {})
+        self.assertTrue(all(Off().enter(b"bob") for _ in range(100)))
 
     def test_peers_without_address_have_the_total_limit_only(self) -> None:
         throttle = self.memory(total=3, per_address=1)

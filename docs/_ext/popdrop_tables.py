@@ -133,6 +133,7 @@ def throttle_keys() -> Iterator[str]:
     meanings = {
         "total": "connections at once, in all",
         "per-address": "connections at once from one IPv4 address or one IPv6 /64",
+        "per-user": "connections at once that have logged in as one user, or wait to",
         "fade": "seconds after which failures are forgotten",
         "tracked": "addresses, users and pairs of both that are remembered; the oldest go first",
     }
