@@ -32,6 +32,7 @@ from popdrop.stores.mbox.journal import (
     NotCommitted,
     Outcome,
     Range,
+    Refresh,
     Unfinished,
     Unsupported,
     Untrusted,
@@ -420,13 +421,13 @@ class Lines:
         self.asked: list[bytes] = []
         self.error: OSError | None = None
 
-    def arrived(self, fd: int, start: int, kept: Kept) -> bool:
+    def arrived(self, fd: int, start: int, kept: Kept, refresh: Refresh) -> bool:
         rest = os.pread(fd, 1 << 20, start)
         self.asked.append(rest)
         ours = b"".join(kept.blocks(0, kept.length)).splitlines()
         return rest.startswith(b"new") and not set(rest.splitlines()) & set(ours)
 
-    def missing(self, fd: int, kept: Kept) -> tuple[bytes, list[Range]]:
+    def missing(self, fd: int, kept: Kept, refresh: Refresh) -> tuple[bytes, list[Range]]:
         if self.error:
             raise self.error
         spool = os.pread(fd, 1 << 20, 0)

@@ -34,7 +34,7 @@ _TABLE = """
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index stores.mbox.recovery
 3   stores.mbox.check
 2   credentials wire spec accounts.sqlitefile accounts.schema
-2   stores.template stores.mbox.scan stores.mbox.spool
+2   stores.template stores.mbox.scan stores.mbox.spool stores.mbox.dotlockfile
 1   interfaces accounts.secrets stores.uidl stores.mbox.spans stores.mbox.findings
 0   errors listing values places
 """

@@ -948,6 +948,7 @@ class ReadOnlyTests(MboxCase):
             return real(path, flags, *rest, **more)
 
         self.patch(locks_module.os, "open", refuse)
+        self.patch(locks_module.dotlockfile, "PROGRAM", "/nonexistent/dotlockfile")
 
     def test_dot_lock_that_may_not_be_made(self) -> None:
         """Read-only, with the remedy in the log (decision 7); `locks=fcntl` is that remedy."""
@@ -958,6 +959,7 @@ class ReadOnlyTests(MboxCase):
         (event,) = logs
         self.assertIn("locks=fcntl", event["reason"])
         self.assertIn("mail", event["reason"])
+        self.assertIn("/nonexistent/dotlockfile", event["reason"])
         self.assertEqual(as_sent(drop.source(0)), as_read(octets)[0])
         drop.source(0).verify()
         self.assertRaises(PermanentFailure, drop.commit, [0])

@@ -15,6 +15,7 @@ from popdrop.stores.mbox.journal import (
     Outcome,
     Range,
     Recovered,
+    Refresh,
     Unfinished,
 )
 from tests.crash.disk import WRITES, Disk, Fault, Killed
@@ -38,10 +39,10 @@ class Marked:
     def __init__(self, files: Files) -> None:
         self._files = files
 
-    def arrived(self, fd: int, start: int, kept: Kept) -> bool:
+    def arrived(self, fd: int, start: int, kept: Kept, refresh: Refresh) -> bool:
         return self._files.pread(fd, len(NEW_MAIL), start) == NEW_MAIL
 
-    def missing(self, fd: int, kept: Kept) -> tuple[bytes, list[Range]]:
+    def missing(self, fd: int, kept: Kept, refresh: Refresh) -> tuple[bytes, list[Range]]:
         raise Violation("a spool that only we and deliverers wrote was taken for another")
 
 

@@ -282,8 +282,8 @@ class MboxDrop:
         # not deleted, since it will have changed.
         if error.errno in NO_RIGHT:
             self._read_only = (
-                f"{self._spool.path}.lock cannot be made: run with the group of its folder "
-                "(often mail), or say locks=fcntl; dotlockfile(1) is not made use of yet"
+                f"{self._spool.path}.lock cannot be made: {error.strerror}; run with the group of "
+                "its folder (often mail), or say locks=fcntl"
             )
             log.warn("maildrop is read-only: {reason}", reason=self._read_only)
         elif error.errno not in _NO_SPACE:
@@ -438,7 +438,9 @@ class MboxDrop:
             )
         ):
             return False
-        return not self.listing.identified or self._hash(spans, index) == self._known_hash(index)
+        if not self.listing.identified:
+            return True
+        return self._hash(spans, index, refresh) == self._known_hash(index)
 
     def _may_begin(self, offset: int) -> bool:
         """Whether what is before `offset` lets a From_ line stand there."""
@@ -455,14 +457,15 @@ class MboxDrop:
         """The hash in a message's id, without the number of a copy."""
         return self.listing.uid(index)[:_UID_TEXT]
 
-    def _hash(self, spans: Spans, index: int) -> bytes:
-        return text_of(self._digest(spans, index))
+    def _hash(self, spans: Spans, index: int, refresh: Refresh) -> bytes:
+        return text_of(self._digest(spans, index, refresh))
 
-    def _digest(self, spans: Spans, index: int) -> bytes:
+    def _digest(self, spans: Spans, index: int, refresh: Refresh) -> bytes:
         message = MessageHash()
         stop = spans.content_end(index)
         for block in self._spool.blocks(spans.starts[index], stop, COPY_BLOCK):
             message.update(block)
+            refresh()
         return message.digest()
 
     def identify(self) -> None:
@@ -501,11 +504,8 @@ class MboxDrop:
         return None
 
     def _digests(self, first: int, refresh: Refresh = lambda: None) -> list[bytes]:
-        digests = []
-        for index in range(first, len(self._spans)):
-            digests.append(self._digest(self._spans, index))
-            refresh()
-        return digests
+        spans = self._spans
+        return [self._digest(spans, index, refresh) for index in range(first, len(spans))]
 
     def _digests_locked(self, first: int) -> list[bytes]:
         """Something was written: unless that was new mail only, ids would be of other octets."""
@@ -554,7 +554,7 @@ class MboxDrop:
         found = spool.stat()
         spans, rows, end = self._agree(found, rows, locks.refresh)
         first, kept = plan(spans, rows, end, found.st_size)
-        self._check_seams(spans.starts[rows[0]], kept)
+        self._check_seams(spans.starts[rows[0]], kept, locks.refresh)
         if not locks.held():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
         with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
@@ -597,7 +597,7 @@ class MboxDrop:
             spans = self._scan(0, found.st_size, refresh)
         except NotAnMbox as fault:
             raise TemporaryFailure(NOT_DELETED, f"{self._spool.path}: {fault}") from None
-        return spans, self._find_again(spans, rows), spans.end
+        return spans, self._find_again(spans, rows, refresh), spans.end
 
     def _end_of_last(self, size: int) -> int:
         """Where the last message ends, separator included, and new mail begins; 0: not known."""
@@ -610,7 +610,7 @@ class MboxDrop:
             return end + empty.end()
         return 0
 
-    def _find_again(self, spans: Spans, rows: list[int]) -> list[int]:
+    def _find_again(self, spans: Spans, rows: list[int], refresh: Refresh) -> list[int]:
         """The same messages in a spool that was rewritten. Raises `TemporaryFailure`.
 
         By hash where it is known: equal copies are paired in order if there are as many as
@@ -628,7 +628,7 @@ class MboxDrop:
         wanted = {self._spans.checks[index] for index in rows}
         for index, check in enumerate(spans.checks):
             if check in wanted:
-                new[check, self._hash(spans, index) if known else b""].append(index)
+                new[check, self._hash(spans, index, refresh) if known else b""].append(index)
         found = []
         for index in rows:
             before, after = old[keys[index]], new[keys[index]]
@@ -639,11 +639,12 @@ class MboxDrop:
             found.append(after[before.index(index)])
         return sorted(found)
 
-    def _check_seams(self, first: int, kept: list[tuple[int, int]]) -> None:
+    def _check_seams(self, first: int, kept: list[tuple[int, int]], refresh: Refresh) -> None:
         """What is kept and what is not begin with From_ lines. Raises `TemporaryFailure`."""
         if not self._may_begin(first):
             raise TemporaryFailure(NOT_DELETED, f"{self._spool.path}: no empty line before {first}")
         for offset in (first, *(start for start, _ in kept)):
+            refresh()
             if not self._begins(offset):
                 raise TemporaryFailure(
                     NOT_DELETED, f"{self._spool.path}: no From_ line at {offset}"

@@ -185,15 +185,18 @@ class Kept:
 
 
 class Format(Protocol):
-    """What recovery has to know of the spool's format. Both are called under the spool locks."""
+    """What recovery has to know of the spool's format.
 
-    def arrived(self, fd: int, start: int, kept: Kept) -> bool:
+    Both are called under the spool locks, and call `refresh` often.
+    """
+
+    def arrived(self, fd: int, start: int, kept: Kept, refresh: Refresh) -> bool:
         """Whether spool `fd` holds nothing but new mail from `start` to its end.
 
         That is: a separator line stands there, and no message behind it equals one of `kept`.
         """
 
-    def missing(self, fd: int, kept: Kept) -> tuple[bytes, list[Range]]:
+    def missing(self, fd: int, kept: Kept, refresh: Refresh) -> tuple[bytes, list[Range]]:
         """The messages of `kept` that spool `fd` lacks, as multisets (decision 5).
 
         Ranges of `kept`, each with its separator, and what must be written before them (an empty
@@ -830,8 +833,10 @@ class Journal:
                 return _Rest.OTHER
         if sums.rest != header.rest:
             start = _block_end(header.end, header.size)
-            if any(b.strip(b"\0") for b in _blocks(self._files, fd, start, header.size)):
-                return _Rest.OTHER
+            for block in _blocks(self._files, fd, start, header.size):
+                if block.strip(b"\0"):
+                    return _Rest.OTHER
+                refresh()
         return _Rest.ZEROED
 
     def _may_redo(self, header: _Header, fd: int, size: int, refresh: Refresh) -> bool:
@@ -896,7 +901,7 @@ class Journal:
                 return self._finish(record, header, fd, size, refresh)
             if size >= header.end and self._is_in_place(header, fd, refresh):
                 kept = Kept(self._files, record.fd, header.length)
-                if size == header.end or form.arrived(fd, header.end, kept):
+                if size == header.end or form.arrived(fd, header.end, kept, refresh):
                     # Cut off for us to see, but maybe not yet on the disk.
                     self._files.fsync(fd)
                     record.void()
@@ -950,7 +955,7 @@ class Journal:
         appended = 0
         if fd is not None:
             kept = Kept(self._files, record.fd, header.length)
-            before, ranges = form.missing(fd, kept)
+            before, ranges = form.missing(fd, kept, refresh)
             if ranges:
                 appended = self._append(fd, before, kept, ranges, refresh)
         aside = record.keep_aside()

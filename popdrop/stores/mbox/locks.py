@@ -23,7 +23,12 @@ from secrets import token_hex
 from types import TracebackType
 from typing import ClassVar, Final, NamedTuple
 
+from twisted.logger import Logger
+
 from popdrop.errors import Busy
+from popdrop.stores.mbox import dotlockfile
+
+log = Logger()
 
 KINDS: Final = ("fcntl", "dot")
 """The spool locks, in the order in which they are taken."""
@@ -169,7 +174,6 @@ class SpoolLocks:
         self._type = fcntl.F_WRLCK if write else fcntl.F_RDLCK
         self._locked = False
         self._dot = DotLock(path)
-        self._touched = 0.0
 
     def __enter__(self) -> SpoolLocks:
         if "fcntl" in self._kinds:
@@ -183,7 +187,6 @@ class SpoolLocks:
             except BaseException:
                 self._unlock()
                 raise
-        self._touched = time.monotonic()
         return self
 
     def __exit__(
@@ -196,11 +199,8 @@ class SpoolLocks:
         self._unlock()
 
     def refresh(self) -> None:
-        """To be called often during long work: touches the dot-lock once a minute."""
-        now = time.monotonic()
-        if now - self._touched >= TOUCH_EVERY:
-            self._touched = now
-            self._dot.touch()
+        """As `DotLock.refresh`."""
+        self._dot.refresh()
 
     def held(self) -> bool:
         """Whether the dot-lock is still ours: nobody has taken it for stale and removed it."""
@@ -237,21 +237,30 @@ class SpoolLocks:
 class DotLock:
     """`SPOOL.lock`: made whole and at once by a link, with our PID and host name inside.
 
-    Counterparts are liblockfile, Dovecot, Postfix, Exim and procmail.
+    Counterparts are liblockfile, Dovecot, Postfix, Exim and procmail. Where we have no right to
+    make it, dotlockfile(1) does, if it will; its locks bear our PID, and no host name.
     """
 
     _made: ClassVar[set[str]] = set()
 
     def __init__(self, spool: str) -> None:
         self.path = spool + ".lock"
+        self._spool = spool
         self._folder, name = os.path.split(spool)
         self._folder = self._folder or "."
         self._temporary = os.path.join(self._folder, f".{name}{TEMPORARY}")
         self._fd = -1
         self._clock = 0.0
+        self._touched = 0.0
 
     def take(self) -> bool:
         """One try; whether the lock is ours now. Raises `OSError` where it cannot be made."""
+        try:
+            return self._take_ourselves()
+        except PermissionError as refused:
+            return self._take_by_program(refused)
+
+    def _take_ourselves(self) -> bool:
         fd = -1
         try:
             fd = os.open(self._folder, os.O_TMPFILE | os.O_WRONLY | os.O_CLOEXEC, 0o644)
@@ -288,9 +297,35 @@ class DotLock:
             os.unlink(temporary)
         return self._keep(fd, taken)
 
+    def _take_by_program(self, refused: PermissionError) -> bool:
+        self._clock = time.time()
+        # The program would replace a stale one at once, and not ask for the other lock first.
+        if os.path.lexists(self.path) and dotlockfile.serves(self._spool):
+            return False
+        try:
+            made = dotlockfile.make(self.path)
+        except FileNotFoundError:
+            reason = f"{refused.strerror}, and there is no {dotlockfile.PROGRAM}"
+            raise PermissionError(refused.errno, reason) from None
+        return made and self._adopt()
+
+    def _adopt(self) -> bool:
+        """Hold the lock that was made for us; `False` if it is another's by now."""
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        try:
+            fd = os.open(self.path, flags)
+        except FileNotFoundError:
+            return False
+        try:
+            ours = os.fstat(fd).st_uid == os.geteuid() and os.read(fd, 512) in _signatures()
+        except BaseException:
+            os.close(fd)
+            raise
+        return self._keep(fd, ours)
+
     def _sign(self, fd: int) -> None:
         try:
-            os.write(fd, _signature())
+            os.write(fd, _signatures()[0])
         except OSError as error:
             # A lock without a PID holds for five minutes, and on a full disk mail must still
             # be deletable.
@@ -301,6 +336,7 @@ class DotLock:
     def _keep(self, fd: int, taken: bool) -> bool:
         if taken:
             self._fd = fd
+            self._touched = time.monotonic()
             self._made.add(self.path)
         else:
             os.close(fd)
@@ -314,7 +350,7 @@ class DotLock:
                 return False
             content = self._content()
             # In a container each life of ours may have the same PID.
-            of_a_former_life = content == _signature() and self.path not in self._made
+            of_a_former_life = content in _signatures() and self.path not in self._made
             if not of_a_former_life and not is_stale(content, found.st_mtime, self._clock):
                 return False
             again = os.lstat(self.path)
@@ -324,12 +360,21 @@ class DotLock:
                 found.st_mtime_ns,
             ):
                 return False
-            os.unlink(self.path)
+            self._remove()
         except FileNotFoundError:
             return True
         except PermissionError:
             return False
         return True
+
+    def _remove(self) -> None:
+        try:
+            os.unlink(self.path)
+        except PermissionError as refused:
+            try:
+                dotlockfile.remove(self.path)
+            except FileNotFoundError:
+                raise refused from None
 
     def look(self, now: float) -> Held | None:
         """What lies at the path, `None` for nothing. Changes nothing. Raises `OSError`.
@@ -371,9 +416,14 @@ class DotLock:
             return False
         return (there.st_dev, there.st_ino) == (here.st_dev, here.st_ino)
 
-    def touch(self) -> None:
-        """Set its times to now, so that nobody takes it for stale."""
-        if self._fd >= 0:
+    def refresh(self) -> None:
+        """To be called often during long work: once a minute, set its times to now.
+
+        So nobody takes it for stale. A lock that is not held is left alone.
+        """
+        now = time.monotonic()
+        if self._fd >= 0 and now - self._touched >= TOUCH_EVERY:
+            self._touched = now
             with suppress(OSError):
                 os.utime(self._fd)
 
@@ -382,16 +432,20 @@ class DotLock:
         if self._fd < 0:
             return
         if self.ours():
-            with suppress(OSError):
-                os.unlink(self.path)
+            try:
+                self._remove()
+            except OSError as error:
+                log.error("{path} cannot be removed: {why}", path=self.path, why=error.strerror)
         self._made.discard(self.path)
         fd, self._fd = self._fd, -1
         with suppress(OSError):
             os.close(fd)
 
 
-def _signature() -> bytes:
-    return b"%d\n%s\n" % (os.getpid(), os.fsencode(os.uname().nodename))
+def _signatures() -> tuple[bytes, bytes]:
+    """What our locks hold: those that we make ourselves, those that dotlockfile(1) makes."""
+    alone = b"%d\n" % os.getpid()
+    return alone + os.fsencode(os.uname().nodename) + b"\n", alone
 
 
 def _link_descriptor(fd: int, folder: str, path: str) -> bool:

@@ -15,6 +15,7 @@ from popdrop.stores.mbox.scan import BLOCK, FROM_LINE, LONGEST_FROM, NotAnMbox, 
 from popdrop.stores.uidl import MessageHash
 
 Read = Callable[[int, int], Iterator[bytes]]
+Refresh = Callable[[], None]
 
 
 class Kept(Protocol):
@@ -37,7 +38,7 @@ class _Message(NamedTuple):
 class MboxForm:
     """`journal.Format` for mbox files of any kind."""
 
-    def arrived(self, fd: int, start: int, kept: Kept) -> bool:
+    def arrived(self, fd: int, start: int, kept: Kept, refresh: Refresh) -> bool:
         """Whether only mail that is not in `kept` stands from `start` to the end of the spool."""
         size = os.fstat(fd).st_size
         if start == size:
@@ -46,18 +47,21 @@ class MboxForm:
             return False
         if start and not _ends_with_empty_line(os.pread(fd, min(3, start), max(start - 3, 0))):
             return False
-        known = {message.digest for message in _messages(_of_kept(kept), 0, kept.length)}
-        return all(each.digest not in known for each in _messages(_of_file(fd), start, size))
+        ours = _messages(_of_kept(kept, refresh), 0, kept.length)
+        known = {message.digest for message in ours}
+        there = _messages(_of_file(fd, refresh), start, size)
+        return all(message.digest not in known for message in there)
 
-    def missing(self, fd: int, kept: Kept) -> tuple[bytes, list[tuple[int, int]]]:
+    def missing(self, fd: int, kept: Kept, refresh: Refresh) -> tuple[bytes, list[tuple[int, int]]]:
         """The messages of `kept` that the spool lacks, and what is to be written before them.
 
         A spool that is no mbox lacks none that could be put there: the journal is kept aside.
         """
         size = os.fstat(fd).st_size
         try:
-            there = Counter(message.digest for message in _messages(_of_file(fd), 0, size))
-            wanted = _messages(_of_kept(kept), 0, kept.length)
+            spool = _messages(_of_file(fd, refresh), 0, size)
+            there = Counter(message.digest for message in spool)
+            wanted = _messages(_of_kept(kept, refresh), 0, kept.length)
         except NotAnMbox:
             return b"", []
         lacking = []
@@ -69,9 +73,10 @@ class MboxForm:
         return _separator(os.pread(fd, 3, max(size - 3, 0))), lacking
 
 
-def _of_file(fd: int) -> Read:
+def _of_file(fd: int, refresh: Refresh) -> Read:
     def read(start: int, stop: int) -> Iterator[bytes]:
         while start < stop:
+            refresh()
             block = os.pread(fd, min(BLOCK, stop - start), start)
             if not block:
                 return
@@ -81,8 +86,13 @@ def _of_file(fd: int) -> Read:
     return read
 
 
-def _of_kept(kept: Kept) -> Read:
-    return lambda start, stop: kept.blocks(start, stop, BLOCK)
+def _of_kept(kept: Kept, refresh: Refresh) -> Read:
+    def read(start: int, stop: int) -> Iterator[bytes]:
+        for block in kept.blocks(start, stop, BLOCK):
+            refresh()
+            yield block
+
+    return read
 
 
 def _messages(read: Read, start: int, stop: int) -> list[_Message]:

@@ -45,7 +45,7 @@ def recover(
         if "dot" in kinds and not lock.take():
             raise Busy("spool")
         try:
-            return journal.recover(None, _FORM)
+            return journal.recover(None, _FORM, lock.refresh)
         finally:
             lock.release()
     if not spool.writable:
