@@ -150,7 +150,7 @@ class Site:
             os.chown(self.folder.spools, 0, self.gid)
             self.folder.spools.chmod(0o2775)
             self.give(self.spool, self.home)
-            self.spool.chmod(0o660)
+        self.spool.chmod(0o660)
 
     def give(self, *paths: Path) -> None:
         """Make the deliverer's user own these."""
@@ -574,6 +574,8 @@ class Campaign:
                 self._ordered.release()
             self._session(bool(kills) and self._random.random() < 0.4)
             self._breathe()
+            if not self._deleted and self.counts["sessions"] > 50 * mails:
+                raise AssertionError("nothing gets into the spool")
         while self._next < ordered:
             self._session(False)
             self._breathe()
