@@ -153,7 +153,7 @@ class IThrottle(Interface):
         """Seconds after its receipt at which a failed login of these is answered."""
 
     def enter(user: bytes) -> bool:
-        """May this verified user have one more connection? Each `True` is paid back by one `quit`."""
+        """May this verified user have one more connection? Each `True` is paid by one `quit`."""
 
     def quit(user: bytes) -> None:
         """The connection that `enter` let in is this user's no more."""

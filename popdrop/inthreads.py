@@ -209,8 +209,8 @@ class ThreadedDrop:
         if block is None or len(block) < wanted or not source.unchanged():
             return None
         if lines is None and not (source.strip or source.unquote):
-            return as_stored(block)
-        outgoing = Outgoing(source.strip, source.unquote, lines)
+            return as_stored(block, source.spaced)
+        outgoing = Outgoing(source.strip, source.unquote, lines, source.spaced)
         out = outgoing.feed(block)
         if wanted == source.length or outgoing.finished:
             return out + outgoing.end()
@@ -276,7 +276,7 @@ class MessageBlocks:
     def __init__(self, drop: ThreadedDrop, source: Source, lines: int | None) -> None:
         self._drop = drop
         self._source = source
-        self._outgoing = Outgoing(source.strip, source.unquote, lines)
+        self._outgoing = Outgoing(source.strip, source.unquote, lines, source.spaced)
         self._position = 0
         self._ended = False
 

@@ -35,7 +35,7 @@ OPERATIONS: Final = ("open", "identify", "commit", "verify")
 def as_sent(source: Source) -> bytes:
     """The octets of a message as a client has them after un-stuffing, without the final dot."""
     stored = os.pread(source.fd, source.length, source.offset)
-    wire = Outgoing(source.strip, source.unquote).whole(stored)
+    wire = Outgoing(source.strip, source.unquote, None, source.spaced).whole(stored)
     lines = wire.split(b"\r\n")[:-2]
     return b"".join(line[line.startswith(b".") :] + b"\r\n" for line in lines)
 

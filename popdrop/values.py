@@ -105,6 +105,7 @@ class Source(NamedTuple):
     `octets`    in octets as sent: CRLF counted, dot-stuffing and the final dot not (RFC 1939 5)
     `strip`     lower-case names of header fields that are not sent
     `unquote`   whether `>From `, `>>From ` lose one `>` (mboxrd)
+    `spaced`    whether a bare CR is sent as a blank
     `unchanged` cheap (one fstat), may be called in the reactor: nothing touched the file since
                 the photograph or the last `verify`
     `verify`    blocking: under the store's locks, is this still the same message? Raises
@@ -117,6 +118,7 @@ class Source(NamedTuple):
     octets: int
     strip: frozenset[bytes] = frozenset()
     unquote: bool = False
+    spaced: bool = False
     unchanged: Callable[[], bool] = _always
     verify: Callable[[], None] = _nothing
 

@@ -122,10 +122,12 @@ def _fields(names: frozenset[bytes]) -> re.Pattern[bytes]:
 _FOLDED = re.compile(rb"(?:[ \t].*(?:\n|\Z))*").match
 
 
-def as_stored(message: bytes) -> bytes:
+def as_stored(message: bytes, spaced: bool = False) -> bytes:
     """What `Outgoing().whole` makes of a message of which nothing is left out, in fewer steps."""
     if b"\r" in message:
         message = message.replace(b"\r\n", b"\n")
+        if spaced:
+            message = message.replace(b"\r", b" ")
     if message[:1] == b".":
         message = b"." + message
     if _DOT(message):
@@ -139,7 +141,8 @@ class Outgoing:
 
     In this order: CRLF to LF, header fields in `strip` dropped, `>From ` lines un-quoted one level
     (`unquote`, mboxrd), the body cut to `lines` lines (TOP), dot-stuffed, LF to CRLF; at the end a
-    missing line end is added, then `.` CRLF. A bare CR is data (RFC 1939 section 3).
+    missing line end is added, then `.` CRLF. A bare CR is data (RFC 1939 section 3), or sent as a
+    blank (`spaced`).
     """
 
     __slots__ = (
@@ -152,14 +155,20 @@ class Outgoing:
         "_quote",
         "_quote_start",
         "_skipping",
+        "_spaced",
         "_strip",
         "_unquote",
         "finished",
     )
 
     def __init__(
-        self, strip: frozenset[bytes] = frozenset(), unquote: bool = False, lines: int | None = None
+        self,
+        strip: frozenset[bytes] = frozenset(),
+        unquote: bool = False,
+        lines: int | None = None,
+        spaced: bool = False,
     ) -> None:
+        self._spaced = spaced
         self._strip = _fields(strip) if strip else None
         self._unquote = unquote
         self._body_lines = lines
@@ -184,6 +193,8 @@ class Outgoing:
                 self._cr = True
                 stored = stored[:-1]
             stored = stored.replace(b"\r\n", b"\n")
+            if self._spaced:
+                stored = stored.replace(b"\r", b" ")
         if self._unquote:
             stored = self._unquoted(stored)
         if self._in_header or self._body_lines is not None:
@@ -196,7 +207,7 @@ class Outgoing:
         if self._unquote:
             rest, self._quote = self._quote, b""
         if self._cr:
-            rest += b"\r"
+            rest += b" " if self._spaced else b"\r"
         out = self._stuffed(self._selected(rest))
         if self._in_header and self._partial and not self.finished:
             out += self._stuffed(self._stripped(self._partial))

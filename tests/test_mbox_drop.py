@@ -357,6 +357,19 @@ class ReadTests(MboxCase):
             self.assertEqual(drop.listing.size(0), len(as_sent(drop.source(0))))
             drop.release()
 
+    def test_bare_cr(self) -> None:
+        """Data, or a blank; octets and ids are the same (decision 32)."""
+        self.write(message(1, b"a\rb\r\nc\r\r\n"))
+        kept = self.opened()
+        kept.identify()
+        self.assertTrue(as_sent(kept.source(0)).endswith(b"a\rb\r\nc\r\r\n"))
+        kept.release()
+        spaced = self.opened(self.make(bare_cr="space"))
+        spaced.identify()
+        self.assertTrue(as_sent(spaced.source(0)).endswith(b"a b\r\nc \r\n"))
+        self.assertEqual(spaced.listing.size(0), kept.listing.size(0))
+        self.assertEqual(spaced.listing.uid(0), kept.listing.uid(0))
+
     def test_unchanged(self) -> None:
         """Any touch of the file puts messages in doubt; a look vouches for one and those behind."""
         self.write(message(1) + message(2))
@@ -1098,6 +1111,7 @@ class FactoryTests(SynchronousTestCase):
             (("/a/{user}",), {"locks": ""}, "locks=: must be"),
             (("/a/{user}",), {"locks": "dot,dot"}, "locks=dot,dot: must be"),
             (("/a/{user}",), {"strip-headers": "1"}, "strip-headers=1: must be yes or no"),
+            (("/a/{user}",), {"bare-cr": "drop"}, "bare-cr=drop: must be keep or space"),
             (("/a/{user}",), {"owner": "no such one"}, "owner=no such one"),
             (("/a/{user}",), {"max-messages": "-1"}, "max-messages=-1: must be a number"),
             (("/a/{user}",), {"max-octets": "1e9"}, "max-octets=1e9: must be a number"),

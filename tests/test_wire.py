@@ -172,6 +172,7 @@ class OutgoingTests(SynchronousTestCase):
     @given(st.lists(st.sampled_from([b"\n", b"\r", b".", b"a", b"\r\n", b"\n."])).map(b"".join))
     def test_the_short_way_gives_the_same(self, stored: bytes) -> None:
         self.assertEqual(as_stored(stored), Outgoing().whole(stored))
+        self.assertEqual(as_stored(stored, True), Outgoing(spaced=True).whole(stored))
 
     def test_dots(self) -> None:
         """A dot at every line start is doubled, at the first octet too (RFC 1939 section 3)."""
@@ -281,3 +282,7 @@ class OutgoingTests(SynchronousTestCase):
         expected = reference(stored, strip, unquote, lines)
         self.assertEqual(send(cut(stored, points), strip, unquote, lines), expected)
         self.assertEqual(Outgoing(strip, unquote, lines).whole(stored), expected)
+        # A bare CR is one octet, and so is the blank that may be sent for it.
+        spaced = re.sub(rb"\r(?!\n)", b" ", stored)
+        expected = reference(spaced, strip, unquote, lines)
+        self.assertEqual(send(cut(stored, points), strip, unquote, lines, True), expected)

@@ -112,6 +112,7 @@ class Home(Protocol):
     unquote: bool
     locks: tuple[str, ...]
     strip: frozenset[bytes]
+    spaced: bool
     max_messages: int
     max_octets: int
     recent: Recent
@@ -387,6 +388,7 @@ class MboxDrop:
             # Most mail goes out as it lies there: nothing need be looked for in it.
             strip=self._store.strip if altered & FIELDS else _NO_FIELDS,
             unquote=altered & QUOTED > 0,
+            spaced=self._store.spaced,
             unchanged=partial(self._is_unchanged, index),
             verify=partial(self._verify, index),
         )

@@ -66,7 +66,8 @@ class MboxStore:
     of `scan.UNQUOTES`, `locks` are those of `locks.KINDS` to use, joined by commas. `owner` names
     the system account whose spools these are: `None` means the user's own account, and `any` that
     it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
-    stored) bound a maildrop, 0 does not. Raises `ConfigError`.
+    stored) bound a maildrop, 0 does not. `bare_cr`: `space` sends a CR that ends no line as a
+    blank. Raises `ConfigError`.
     """
 
     def __init__(
@@ -79,6 +80,7 @@ class MboxStore:
         owner: str | None = None,
         max_messages: int = 0,
         max_octets: int = 0,
+        bare_cr: str = "keep",
     ) -> None:
         if kind not in UNQUOTES:
             raise ConfigError(f"kind={kind}: must be {' or '.join(UNQUOTES)}")
@@ -92,6 +94,9 @@ class MboxStore:
         self.unquote = UNQUOTES[kind]
         self.locks: tuple[str, ...] = tuple(name for name in KINDS if name in chosen)
         self.strip = STRIPPED if strip_headers else frozenset()
+        if bare_cr not in ("keep", "space"):
+            raise ConfigError(f"bare-cr={bare_cr}: must be keep or space")
+        self.spaced = bare_cr == "space"
         self.max_messages = max_messages
         self.max_octets = max_octets
         self.recent = Recent()
@@ -202,6 +207,7 @@ class MboxFactory:
         "{user}, {domain}, {home}, {hash1}, {hash2} (qpopper's hash-spool). Keywords: "
         "kind=mboxrd|mboxo (mboxrd un-quotes >From lines), locks=fcntl,dot, strip-headers=yes|no "
         "(Status and the like are not sent), owner=NAME|any (default: the user), "
+        "bare-cr=keep|space (what a CR that ends no line is sent as), "
         "max-messages=N, max-octets=N (0, the default: no limit)."
     )
     keywords: Final = (
@@ -209,6 +215,7 @@ class MboxFactory:
         "locks",
         "strip-headers",
         "owner",
+        "bare-cr",
         "max-messages",
         "max-octets",
     )
@@ -233,6 +240,7 @@ class MboxFactory:
             owner=kwargs.get("owner"),
             max_messages=_count("max-messages", kwargs),
             max_octets=_count("max-octets", kwargs),
+            bare_cr=kwargs.get("bare-cr", "keep"),
         )
 
 
