@@ -26,9 +26,13 @@ class Corrupt(Exception):
 
 @dataclass
 class Message:
-    """`stored` is without From_ line and separator; `immutable` is what an id is made of."""
+    """`stored` is without From_ line and separator; `immutable` is what an id is made of.
+
+    `opening` is the line of four ^A before an MMDF message, `from_line` may be empty then.
+    """
 
     start: int
+    opening: bytes
     from_line: bytes
     stored: bytes
     sent: bytes
@@ -178,35 +182,110 @@ def _is_pseudo(lines: list[bytes]) -> bool:
 
 
 def read(
-    octets: bytes, unquote: bool = True, strip: bool = True, hide: bool = True
+    octets: bytes,
+    unquote: bool = True,
+    strip: bool = True,
+    hide: bool = True,
+    kind: str = "mboxrd",
 ) -> list[Message]:
+    """`unquote` is for mboxrd and mboxo, which differ in nothing else."""
     lines = lines_of(octets)
-    number = offset = 0
+    number = 0
     while number < len(lines) and _empty(lines[number]):
-        offset += len(lines[number])
         number += 1
     if number == len(lines):
         return []
-    if not is_from_line(lines[number]):
-        raise Corrupt(number + 1, offset)
-    groups: list[tuple[int, list[bytes]]] = []
-    for place in range(number, len(lines)):
-        line = lines[place]
-        begins = place == number or (_empty(lines[place - 1]) and is_from_line(line))
-        if begins:
-            groups.append((offset, []))
-        groups[-1][1].append(line)
-        offset += len(line)
-    messages = [_message(start, group, unquote, strip) for start, group in groups]
-    if hide and _is_pseudo(groups[0][1][1:]):
+    first = lines[number]
+    if kind in ("mmdf", "auto") and is_separator(first):
+        messages = _read_mmdf(lines, number, strip)
+    elif kind != "mmdf" and is_from_line(first):
+        messages = _read_from(octets, lines, number, unquote, strip, kind)
+    else:
+        raise Corrupt(number + 1, len(b"".join(lines[:number])))
+    if hide and messages and _is_pseudo(lines_of(messages[0].stored)):
         del messages[0]
     return messages
 
 
-def _message(start: int, group: list[bytes], unquote: bool, strip: bool) -> Message:
-    from_line, content = group[0], group[1:]
-    if content and _empty(content[-1]):
-        content = content[:-1]
+def is_separator(line: bytes) -> bool:
+    return line in (b"\x01\x01\x01\x01\n", b"\x01\x01\x01\x01\r\n")
+
+
+def _read_mmdf(lines: list[bytes], number: int, strip: bool) -> list[Message]:
+    """All that stands between two separators is a message, if it is more than empty lines."""
+    places = [place for place in range(number, len(lines)) if is_separator(lines[place])]
+    messages = []
+    for place, stop in zip(places, [*places[1:], len(lines)], strict=True):
+        content = lines[place + 1 : stop]
+        from_line = content.pop(0) if content and is_from_line(content[0]) else b""
+        if from_line or not all(_empty(line) for line in content):
+            start = len(b"".join(lines[:place]))
+            messages.append(_message(start, lines[place], from_line, content, False, strip))
+    return messages
+
+
+def _read_from(
+    octets: bytes, lines: list[bytes], number: int, unquote: bool, strip: bool, kind: str
+) -> list[Message]:
+    believes = kind not in ("mboxrd", "mboxo")
+    offsets = [0]
+    for line in lines:
+        offsets.append(offsets[-1] + len(line))
+    messages = []
+    place = number
+    while place < len(lines):
+        stop = _by_length(octets, lines, offsets, place) if believes else None
+        if stop is None:
+            stop = place + 1
+            while stop < len(lines) and not (_empty(lines[stop - 1]) and is_from_line(lines[stop])):
+                stop += 1
+        content = lines[place + 1 : stop]
+        if content and _empty(content[-1]):
+            content.pop()
+        messages.append(
+            _message(offsets[place], b"", lines[place], content, unquote and not believes, strip)
+        )
+        place = stop
+    return messages
+
+
+def _by_length(octets: bytes, lines: list[bytes], offsets: list[int], place: int) -> int | None:
+    """Where the message whose From_ line is `place` ends, by a Content-Length to be believed."""
+    end = place + 1
+    while end < len(lines) and not _empty(lines[end]):
+        end += 1
+    if end == len(lines):
+        return None
+    fields = [n for n in range(place + 1, end) if lines[n].lower().startswith(b"content-length:")]
+    if len(fields) != 1 or lines[fields[0] + 1][:1] in (b" ", b"\t"):
+        return None
+    value = re.fullmatch(rb"[ \t]*([0-9]{1,18})[ \t]*\r?\n", lines[fields[0]][15:])
+    if value is None:
+        return None
+    target = offsets[end + 1] + int(value[1])
+    for stop in range(end + 1, len(lines) + 1):
+        gap = offsets[stop] - target
+        if 0 <= gap <= 4 and re.fullmatch(rb"(\r?\n){0,2}", octets[target : offsets[stop]]):
+            if stop == len(lines):
+                return stop
+            if is_from_line(lines[stop]) and not _in_a_header(lines, stop):
+                return stop
+    return None
+
+
+def _in_a_header(lines: list[bytes], place: int) -> bool:
+    """Whether a From_ line stands before this one with no empty line between them."""
+    place -= 1
+    while place >= 0 and not _empty(lines[place]):
+        if is_from_line(lines[place]):
+            return True
+        place -= 1
+    return False
+
+
+def _message(
+    start: int, opening: bytes, from_line: bytes, content: list[bytes], unquote: bool, strip: bool
+) -> Message:
     header = 0
     while header < len(content) and not _empty(content[header]):
         header += 1
@@ -218,6 +297,7 @@ def _message(start: int, group: list[bytes], unquote: bool, strip: bool) -> Mess
     sent = _without(content, NOT_SENT) if strip else content
     return Message(
         start,
+        opening,
         from_line,
         b"".join(content),
         _as_sent(sent, unquote),

@@ -26,16 +26,17 @@ _TABLE = """
 7   protocol realm options
 6   inthreads legacy throttle record listeners accounts.checkers accounts.helper ops.*
 6   stores.mbox.fsck
-5   stores.mbox.store
-4   certs session threads stores.mbox.drop stores.maildir
-4   stores.mbox.beside stores.mbox.keepsake stores.mbox.mend
+5   stores.mbox.store stores.mbox.keepsake stores.mbox.mend
+4   certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
+4   stores.mbox.beside stores.mbox.check
 4   accounts.importers accounts.system accounts.checkpassword
 3   sasl policy selfmade config accounts.database
-3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index stores.mbox.recovery
-3   stores.mbox.check
+3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
+3   stores.mbox.kinds
 2   credentials wire spec accounts.sqlitefile accounts.schema
-2   stores.template stores.mbox.scan stores.mbox.spool stores.mbox.dotlockfile
-1   interfaces accounts.secrets stores.uidl stores.mbox.spans stores.mbox.findings
+2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
+1   interfaces accounts.secrets stores.mbox.scan stores.mbox.findings
+0   stores.uidl stores.mbox.spans
 0   errors listing values places
 """
 """`a.*` stands for every module of `a` that has no rank of its own."""

@@ -1078,7 +1078,7 @@ class FactoryTests(SynchronousTestCase):
 
     def test_defaults(self) -> None:
         store = self.make("/var/mail/{user}")
-        self.assertEqual((store.unquote, store.locks), (True, ("fcntl", "dot")))
+        self.assertEqual((store.form.name, store.locks), ("mboxrd", ("fcntl", "dot")))
         self.assertIn(b"status", store.strip)
         self.assertEqual((store.max_messages, store.max_octets), (0, 0))
 
@@ -1094,7 +1094,9 @@ class FactoryTests(SynchronousTestCase):
                 "max-octets": "700",
             },
         )
-        self.assertEqual((store.unquote, store.locks, store.strip), (False, ("dot",), frozenset()))
+        self.assertEqual(
+            (store.form.name, store.locks, store.strip), ("mboxo", ("dot",), frozenset())
+        )
         self.assertEqual((store.max_messages, store.max_octets), (5, 700))
 
     def test_the_order_of_locks_is_ours(self) -> None:
@@ -1106,7 +1108,11 @@ class FactoryTests(SynchronousTestCase):
             ((), {}, "one path"),
             (("/a/{user}", "/b"), {}, "one path"),
             (("/a/{user}",), {"lock": "dot"}, "lock= is not known; there are kind, locks"),
-            (("/a/{user}",), {"kind": "mmdf"}, "kind=mmdf: must be mboxrd or mboxo"),
+            (
+                ("/a/{user}",),
+                {"kind": "MMDF"},
+                "kind=MMDF: must be mboxrd, mboxo, mboxcl, mboxcl2, mmdf or auto",
+            ),
             (("/a/{user}",), {"locks": "flock"}, "locks=flock: must be"),
             (("/a/{user}",), {"locks": ""}, "locks=: must be"),
             (("/a/{user}",), {"locks": "dot,dot"}, "locks=dot,dot: must be"),

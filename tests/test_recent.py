@@ -12,7 +12,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import TemporaryFailure
 from popdrop.listing import Listing
-from popdrop.stores.mbox import drop
+from popdrop.stores.mbox import drop, kinds
 from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import Spans
@@ -60,13 +60,13 @@ class StoreTests(SynchronousTestCase):
         self.path = os.path.join(self.folder, "bob")
         self.store = MboxStore(self.folder + "/{user}", self.folder)
         self.scans = 0
-        original = drop.Scanner
+        original = kinds.Scanner
 
         def counting(*args: object, **kwargs: object) -> object:
             self.scans += 1
             return original(*args, **kwargs)  # type: ignore[arg-type]
 
-        self.patch(drop, "Scanner", counting)
+        self.patch(kinds, "Scanner", counting)
 
     def write(self, octets: bytes, age: float) -> None:
         with open(self.path, "r+b" if os.path.exists(self.path) else "wb") as file:

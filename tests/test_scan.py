@@ -34,7 +34,7 @@ def rows(spans: Spans) -> list[tuple[int, int, int, int, int]]:
 
 def expected(octets: bytes, **options: bool) -> list[tuple[int, int, int, int, int]]:
     return [
-        (m.start, len(m.from_line), len(m.stored), len(m.sent), m.check)
+        (m.start, len(m.opening + m.from_line), len(m.stored), len(m.sent), m.check)
         for m in oracle_mbox.read(octets, **options)
     ]
 

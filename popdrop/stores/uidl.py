@@ -109,22 +109,23 @@ class MessageHash:
     """The first 128 bits of SHA-256 over a message's immutable octets (decision 14).
 
     Those are the From_ line, the header without `SPOOL_HEADERS`, and the body as stored; the
-    empty line before the next From_ line is not among them. Fed by blocks of any size.
+    empty line before the next From_ line is not among them. Fed by blocks of any size. An MMDF
+    message may have no From_ line: then `from_line` is false.
     """
 
     __slots__ = ("_cut", "_hash", "_header", "_last", "_rest", "_taken")
 
-    def __init__(self) -> None:
+    def __init__(self, *, from_line: bool = True) -> None:
         self._hash = sha256(usedforsecurity=False)
-        # The From_ line comes first and is no field, so the beginning counts as within a line.
-        self._cut = HeaderCut(midline=True)
+        # A From_ line is no field, so with one the beginning counts as within a line.
+        self._cut = HeaderCut(midline=from_line)
         self._header = True
-        self._rest = b""
-        self._taken = 0
+        self._rest = b"" if from_line else b"\n"
+        self._taken = len(self._rest)
         self._last = b""
 
     def update(self, block: bytes) -> None:
-        """Take the next octets, the From_ line's first."""
+        """Take the next octets, those of a From_ line first."""
         self._last = block[-1:] or self._last
         if not self._header:
             self._hash.update(block)

@@ -15,14 +15,8 @@ from functools import partial
 from typing import Final
 
 from popdrop.stores.mbox.findings import LARGE, Finding, Findings, Read, Watch
-from popdrop.stores.mbox.scan import (
-    BLOCK,
-    FROM_LINE,
-    LONGEST_FROM,
-    UNQUOTES,
-    NotAnMbox,
-    Scanner,
-)
+from popdrop.stores.mbox.kinds import FORMS, Scans
+from popdrop.stores.mbox.scan import BLOCK, FROM_LINE, LONGEST_FROM, NotAnMbox
 from popdrop.stores.mbox.spans import Spans
 from popdrop.stores.uidl import EMPTY_LINE, STRIPPED, MessageHash, unique_ids
 
@@ -31,7 +25,9 @@ Range = tuple[int, int]
 
 Ids = Callable[[], list[bytes]]
 
-KIND_NAMES: Final = tuple(UNQUOTES)
+KIND_NAMES: Final = tuple(
+    name for name, form in FORMS.items() if not form.lengths and not form.mmdf
+)
 """The kinds of mbox that can be looked at."""
 
 FIRST_BLOCK: Final = 4096
@@ -69,9 +65,9 @@ class Content:
         return list(unique_ids(digests))
 
 
-def scanner_of(kind: str) -> Scanner:
+def scanner_of(kind: str) -> Scans:
     """As the store scans with `strip-headers=yes`. `kind` is one of `KIND_NAMES`."""
-    return Scanner(unquote=UNQUOTES[kind], strip=STRIPPED)
+    return FORMS[kind].scanner(strip=STRIPPED)
 
 
 def examine(read: Read, size: int, kind: str, watch: Watch) -> Content:
@@ -79,7 +75,7 @@ def examine(read: Read, size: int, kind: str, watch: Watch) -> Content:
     said = Findings()
     marks = _Marks(read, size, said)
     content = Content(size)
-    scanner: Scanner | None = scanner_of(kind)
+    scanner: Scans | None = scanner_of(kind)
     taken = 0
     for block in read(0, size):
         marks.feed(block)

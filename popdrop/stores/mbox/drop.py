@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import errno
 import os
-import re
 import shlex
 import time
 from collections import defaultdict
@@ -33,16 +32,11 @@ from popdrop.interfaces import IBlockingMaildrop
 from popdrop.listing import Ids, Listing
 from popdrop.stores.mbox.index import EAGER, SMALLEST, Damaged, Index, Indexes, Known, tail_of
 from popdrop.stores.mbox.journal import Journals
+from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form
 from popdrop.stores.mbox.locks import NoDotLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
-from popdrop.stores.mbox.scan import (
-    BLOCK,
-    FROM_LINE,
-    LONGEST_FROM,
-    NotAnMbox,
-    Scanner,
-)
-from popdrop.stores.mbox.spans import FIELDS, QUOTED, Spans
+from popdrop.stores.mbox.scan import BLOCK, NotAnMbox
+from popdrop.stores.mbox.spans import FIELDS, QUOTED, REFUSED, Spans
 from popdrop.stores.mbox.spool import (
     COPY_BLOCK,
     NO_RIGHT,
@@ -52,7 +46,7 @@ from popdrop.stores.mbox.spool import (
     key_of,
     shows_changes,
 )
-from popdrop.stores.uidl import MessageHash, more_ids, text_of, unique_ids
+from popdrop.stores.uidl import more_ids, text_of, unique_ids
 from popdrop.values import Source
 
 log = Logger()
@@ -87,8 +81,6 @@ _LASTING: Final = NO_RIGHT | {
     errno.ENXIO,
     errno.ENAMETOOLONG,
 }
-_SEPARATOR: Final = re.compile(rb"(?:\A|\n)\r?\n\Z")
-_EMPTY_LINE: Final = re.compile(rb"\r?\n")
 
 Refresh = Callable[[], None]
 
@@ -109,7 +101,7 @@ def told(path: str, lasting: str = UNREADABLE, passing: str = TRY_LATER) -> Iter
 class Home(Protocol):
     """What a maildrop needs of its store (`store.MboxStore` says what each is)."""
 
-    unquote: bool
+    form: Form
     locks: tuple[str, ...]
     strip: frozenset[bytes]
     spaced: bool
@@ -309,11 +301,7 @@ class MboxDrop:
         try:
             spans = self._scan(0, found.st_size, refresh)
         except NotAnMbox as fault:
-            raise PermanentFailure(
-                CORRUPT,
-                f"{spool.path}: no From_ line at line {fault.line}, offset {fault.offset}; "
-                f"`popdrop fsck {shlex.quote(spool.path)}` shows what is wrong",
-            ) from None
+            raise PermanentFailure(CORRUPT, f"{spool.path}: {fault}{self._advice}") from None
         if spans.end < found.st_size:
             raise TemporaryFailure(CHANGED, f"{spool.path}: shrank while it was read")
         self._check_limits(0, len(spans))
@@ -340,7 +328,9 @@ class MboxDrop:
         if not same_file or found.st_size < known.end:
             return False
         if found.st_size > known.end:
-            if not (self._may_begin(known.end) and self._begins(known.end)):
+            if not (self._is_over(known.end) and self._begins(known.end)):
+                return False
+            if self._store.form.lengths and self._has_refused(known):
                 return False
             self._tail = self._scan(known.end, found.st_size, refresh, hide=False)
             if known.end + self._tail.end < found.st_size:
@@ -350,6 +340,21 @@ class MboxDrop:
         self._proven = known.count
         self._take(known)
         return True
+
+    def _has_refused(self, known: Known) -> bool:
+        """Whether a Content-Length was not true, and may be now that mail was appended."""
+        try:
+            return any(altered & REFUSED for altered in known.places().altered)
+        except Damaged:
+            return True
+
+    @property
+    def _advice(self) -> str:
+        """What to do about a spool that is corrupt. `fsck` looks at files of From_ lines alone."""
+        form, path = self._store.form, self._spool.path
+        if form.lengths or form.mmdf:
+            return ""
+        return f"; `popdrop fsck {shlex.quote(path)}` shows what is wrong"
 
     @property
     def _end(self) -> int:
@@ -368,10 +373,17 @@ class MboxDrop:
         self._settled = whole and is_settled(found, now)
 
     def _scan(self, start: int, stop: int, refresh: Refresh, hide: bool = True) -> Spans:
-        scanner = Scanner(unquote=self._store.unquote, strip=self._store.strip, hide=hide)
-        for block in self._spool.blocks(start, stop, BLOCK):
-            scanner.feed(block)
-            refresh()
+        return self._scan_ranges([(start, stop)], refresh, hide)
+
+    def _scan_ranges(
+        self, ranges: list[tuple[int, int]], refresh: Refresh, hide: bool = True
+    ) -> Spans:
+        """As if the octets of these ranges were a file."""
+        scanner = self._store.form.scanner(strip=self._store.strip, hide=hide)
+        for start, stop in ranges:
+            for block in self._spool.blocks(start, stop, BLOCK):
+                scanner.feed(block)
+                refresh()
         return scanner.close()
 
     # Reading one message
@@ -445,13 +457,17 @@ class MboxDrop:
         return self._hash(spans, index, refresh) == self._known_hash(index)
 
     def _may_begin(self, offset: int) -> bool:
-        """Whether what is before `offset` lets a From_ line stand there."""
-        before = self._spool.read(max(offset - 3, 0), offset)
-        return offset == 0 or _SEPARATOR.search(before) is not None
+        """Whether what is before `offset` lets a message begin there."""
+        before = self._spool.read(max(offset - LOOK_BACK, 0), offset)
+        return self._store.form.may_begin(before)
+
+    def _is_over(self, offset: int) -> bool:
+        """Whether what is before `offset` ends a message, whatever that says of its length."""
+        return self._store.form.is_over(self._spool.read(max(offset - LOOK_BACK, 0), offset))
 
     def _begins(self, offset: int) -> bool:
-        """Whether a From_ line stands at `offset`."""
-        return FROM_LINE.match(self._spool.read(offset, offset + LONGEST_FROM)) is not None
+        """Whether what stands at `offset` begins a message."""
+        return self._store.form.begins(self._spool.read(offset, offset + LOOK_AHEAD))
 
     # Unique-ids
 
@@ -463,12 +479,14 @@ class MboxDrop:
         return text_of(self._digest(spans, index, refresh))
 
     def _digest(self, spans: Spans, index: int, refresh: Refresh) -> bytes:
-        message = MessageHash()
         stop = spans.content_end(index)
-        for block in self._spool.blocks(spans.starts[index], stop, COPY_BLOCK):
-            message.update(block)
-            refresh()
-        return message.digest()
+
+        def blocks() -> Iterator[bytes]:
+            for block in self._spool.blocks(spans.starts[index], stop, COPY_BLOCK):
+                yield block
+                refresh()
+
+        return self._store.form.digest(blocks())
 
     def identify(self) -> None:
         """As `IBlockingMaildrop.identify`. Raises `TemporaryFailure`, and `Busy`."""
@@ -557,6 +575,7 @@ class MboxDrop:
         spans, rows, end = self._agree(found, rows, locks.refresh)
         first, kept = plan(spans, rows, end, found.st_size)
         self._check_seams(spans.starts[rows[0]], kept, locks.refresh)
+        self._check_lengths(spans, rows, [(0, first), *kept], locks.refresh)
         if not locks.held():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
         with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
@@ -576,7 +595,7 @@ class MboxDrop:
         """What is left, for the index: nobody else has written since the locks were taken."""
         left = spans.without(rows, end)
         # Without a separator where it should be, where the next message begins is not certain.
-        if left.end < SMALLEST or not self._may_begin(left.end):
+        if left.end < SMALLEST or not self._is_over(left.end):
             return None
         ids = None
         if spans is self._spans and self.listing.identified:
@@ -591,7 +610,9 @@ class MboxDrop:
         spans = self._spans
         if self._settled and key_of(found) == self._key and rows[0] >= self._proven:
             return spans, rows, spans.end
-        end = self._end_of_last(found.st_size)
+        by_length = self._store.form.lengths
+        # Any octet may make a Content-Length true or false, and so move the ends of messages.
+        end = 0 if by_length else self._end_of_last(found.st_size)
         if end and all(self._is_same(index, refresh) for index in rows):
             return spans, rows, end
         self._distrust()
@@ -599,18 +620,33 @@ class MboxDrop:
             spans = self._scan(0, found.st_size, refresh)
         except NotAnMbox as fault:
             raise TemporaryFailure(NOT_DELETED, f"{self._spool.path}: {fault}") from None
+        if by_length and self._has_grown(spans, rows, refresh):
+            return spans, rows, spans.end
         return spans, self._find_again(spans, rows, refresh), spans.end
+
+    def _has_grown(self, spans: Spans, rows: list[int], refresh: Refresh) -> bool:
+        """Whether these spans are those of the photograph, in their places, and perhaps more."""
+        old = self._spans
+        count = len(old)
+        return (
+            spans.starts[:count] == old.starts
+            and spans.sizes[:count] == old.sizes
+            and spans.checks[:count] == old.checks
+            and not (
+                self.listing.identified
+                and any(
+                    self._hash(spans, index, refresh) != self._known_hash(index) for index in rows
+                )
+            )
+        )
 
     def _end_of_last(self, size: int) -> int:
         """Where the last message ends, separator included, and new mail begins; 0: not known."""
         end = self._spans.end
-        if size == end or (size > end and self._begins(end)):
-            return end
-        # Some deliverers write an empty line first: it separates, and goes with the last message.
-        empty = _EMPTY_LINE.match(self._spool.read(end, end + 2))
-        if empty and self._begins(end + empty.end()):
-            return end + empty.end()
-        return 0
+        if size <= end:
+            return end if size == end else 0
+        end += self._store.form.gap(self._spool.read(end, end + LOOK_AHEAD))
+        return end if self._begins(end) else 0
 
     def _find_again(self, spans: Spans, rows: list[int], refresh: Refresh) -> list[int]:
         """The same messages in a spool that was rewritten. Raises `TemporaryFailure`.
@@ -642,14 +678,34 @@ class MboxDrop:
         return sorted(found)
 
     def _check_seams(self, first: int, kept: list[tuple[int, int]], refresh: Refresh) -> None:
-        """What is kept and what is not begin with From_ lines. Raises `TemporaryFailure`."""
+        """What is kept and what is not begin as messages do. Raises `TemporaryFailure`."""
+        path = self._spool.path
         if not self._may_begin(first):
-            raise TemporaryFailure(NOT_DELETED, f"{self._spool.path}: no empty line before {first}")
+            raise TemporaryFailure(NOT_DELETED, f"{path}: no message may begin at {first}")
         for offset in (first, *(start for start, _ in kept)):
             refresh()
             if not self._begins(offset):
+                raise TemporaryFailure(NOT_DELETED, f"{path}: no message begins at {offset}")
+
+    def _check_lengths(
+        self, spans: Spans, rows: list[int], left: list[tuple[int, int]], refresh: Refresh
+    ) -> None:
+        """A Content-Length that is false now may point at a message when others are gone.
+
+        It would be believed then and hide all between, so what would be left is looked at first.
+        Raises `TemporaryFailure`.
+        """
+        if not any(altered & REFUSED for altered in spans.altered):
+            return
+        gone = set(rows)
+        kept = [index for index in range(len(spans)) if index not in gone]
+        found = self._scan_ranges(left, refresh)
+        for have, had in ((found.checks, spans.checks), (found.sizes, spans.sizes)):
+            if list(have) != [had[index] for index in kept]:
                 raise TemporaryFailure(
-                    NOT_DELETED, f"{self._spool.path}: no From_ line at {offset}"
+                    NOT_DELETED,
+                    f"{self._spool.path}: a Content-Length that is not true would join messages "
+                    "if others were deleted; say kind=mboxo, or remove that field",
                 )
 
     def _set_times(self, has_new_mail: bool) -> None:

@@ -29,6 +29,7 @@ from popdrop.stores.mbox.findings import Finding, Severity, Watch, unwatched
 from popdrop.stores.mbox.index import Damaged, Index, Indexes
 from popdrop.stores.mbox.journal import Files, Journals, Recovered
 from popdrop.stores.mbox.keepsake import Keepsake
+from popdrop.stores.mbox.kinds import FORMS
 from popdrop.stores.mbox.locks import (
     DotLock,
     NoDotLock,
@@ -276,7 +277,7 @@ class Fsck:
         result.left = []
         spool = open_spool(path, self._set.uids)
         if spool is None:
-            for one in recover(self._journals.of(path), path, None, kinds):
+            for one in recover(self._journals.of(path), path, None, kinds, FORMS[self._set.kind]):
                 _did(result, keepsake, _of_journal(one))
             keepsake.end(None, [], lambda: None)
             return
@@ -310,8 +311,9 @@ class Fsck:
             paths = [spool.path, *self._neighbours.other_paths(spool.path)]
             if any(self._journals.of(each).pending() for each in paths):
                 keepsake.keep(spool, locks.refresh, self.watch)
+                form = MboxForm(FORMS[self._set.kind])
                 for each in paths:
-                    for one in self._journals.of(each).recover(spool.fd, _FORM, locks.refresh):
+                    for one in self._journals.of(each).recover(spool.fd, form, locks.refresh):
                         _did(result, keepsake, _of_journal(one))
         content = self._examine(spool, locks)
         mender = Mender(self._files, self._journals, spool, locks)
@@ -327,9 +329,6 @@ class Fsck:
         if result.done:
             keepsake.end(spool, result.left, locks.refresh)
             _keep_new_mail_new(spool, before)
-
-
-_FORM: Final = MboxForm()
 
 
 class _Patience:

@@ -11,8 +11,8 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
-from popdrop.stores.mbox.scan import BLOCK, FROM_LINE, LONGEST_FROM, NotAnMbox, Scanner
-from popdrop.stores.uidl import MessageHash
+from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form, is_mmdf
+from popdrop.stores.mbox.scan import BLOCK, NotAnMbox
 
 Read = Callable[[int, int], Iterator[bytes]]
 Refresh = Callable[[], None]
@@ -36,41 +36,70 @@ class _Message(NamedTuple):
 
 
 class MboxForm:
-    """`journal.Format` for mbox files of any kind."""
+    """`journal.Format` for mbox files of one kind: their messages are those of the sessions."""
+
+    def __init__(self, form: Form) -> None:
+        self._form = form
 
     def arrived(self, fd: int, start: int, kept: Kept, refresh: Refresh) -> bool:
         """Whether only mail that is not in `kept` stands from `start` to the end of the spool."""
         size = os.fstat(fd).st_size
         if start == size:
             return True
-        if FROM_LINE.match(os.pread(fd, LONGEST_FROM, start)) is None:
+        if not self._form.begins(os.pread(fd, LOOK_AHEAD, start)):
             return False
-        if start and not _ends_with_empty_line(os.pread(fd, min(3, start), max(start - 3, 0))):
+        if not self._form.may_begin(_before(fd, start)):
             return False
-        ours = _messages(_of_kept(kept, refresh), 0, kept.length)
+        ours = self._messages(_of_kept(kept, refresh), 0, kept.length)
         known = {message.digest for message in ours}
-        there = _messages(_of_file(fd, refresh), start, size)
+        there = self._messages(_of_file(fd, refresh), start, size)
         return all(message.digest not in known for message in there)
 
     def missing(self, fd: int, kept: Kept, refresh: Refresh) -> tuple[bytes, list[tuple[int, int]]]:
         """The messages of `kept` that the spool lacks, and what is to be written before them.
 
-        A spool that is no mbox lacks none that could be put there: the journal is kept aside.
+        A spool that is no mbox, or MMDF now and was not then, lacks none that could be put there:
+        the journal is kept aside.
         """
         size = os.fstat(fd).st_size
         try:
-            spool = _messages(_of_file(fd, refresh), 0, size)
-            there = Counter(message.digest for message in spool)
-            wanted = _messages(_of_kept(kept, refresh), 0, kept.length)
+            found = self._messages(_of_file(fd, refresh), 0, size)
+            wanted = self._messages(_of_kept(kept, refresh), 0, kept.length)
         except NotAnMbox:
             return b"", []
+        there = Counter(message.digest for message in found)
         lacking = []
         for message in wanted:
             if there[message.digest]:
                 there[message.digest] -= 1
             else:
                 lacking.append((message.start, message.stop))
-        return _separator(os.pread(fd, 3, max(size - 3, 0))), lacking
+        if not lacking:
+            return b"", []
+        start = lacking[0][0]
+        first = b"".join(kept.blocks(start, min(start + LOOK_AHEAD, kept.length)))
+        if found and is_mmdf(first) != is_mmdf(os.pread(fd, LOOK_AHEAD, found[0].start)):
+            return b"", []
+        return self._form.between(_before(fd, size), first), lacking
+
+    def _messages(self, read: Read, start: int, stop: int) -> list[_Message]:
+        """Raises `NotAnMbox`."""
+        scanner = self._form.scanner(strip=frozenset(), hide=False)
+        for block in read(start, stop):
+            scanner.feed(block)
+        spans = scanner.close()
+        found = []
+        for index in range(len(spans)):
+            where = start + spans.starts[index]
+            digest = self._form.digest(read(where, start + spans.content_end(index)))
+            found.append(_Message(where, start + spans.stop(index), digest))
+        return found
+
+
+def _before(fd: int, offset: int) -> bytes:
+    """What may tell whether a message begins at `offset`."""
+    start = max(offset - LOOK_BACK, 0)
+    return os.pread(fd, offset - start, start)
 
 
 def _of_file(fd: int, refresh: Refresh) -> Read:
@@ -93,30 +122,3 @@ def _of_kept(kept: Kept, refresh: Refresh) -> Read:
             yield block
 
     return read
-
-
-def _messages(read: Read, start: int, stop: int) -> list[_Message]:
-    """Raises `NotAnMbox`."""
-    scanner = Scanner(unquote=False, strip=frozenset(), hide=False)
-    for block in read(start, stop):
-        scanner.feed(block)
-    spans = scanner.close()
-    found = []
-    for index in range(len(spans)):
-        message = MessageHash()
-        for block in read(start + spans.starts[index], start + spans.content_end(index)):
-            message.update(block)
-        where = start + spans.starts[index]
-        found.append(_Message(where, start + spans.stop(index), message.digest()))
-    return found
-
-
-def _ends_with_empty_line(octets: bytes) -> bool:
-    return octets.endswith((b"\n\n", b"\n\r\n"))
-
-
-def _separator(end: bytes) -> bytes:
-    """What must stand between the spool's last octets and a From_ line."""
-    if not end or _ends_with_empty_line(end):
-        return b""
-    return b"\n" if end.endswith(b"\n") else b"\n\n"

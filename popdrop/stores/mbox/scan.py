@@ -9,6 +9,8 @@
   each line ends with CRLF, also the last one.
 
 All searching is done in C and by blocks, never line by line in Python.
+
+`Scanner` is for mboxrd and mboxo; `lengths` and `mmdf` make others of it, `kinds` chooses.
 """
 
 from __future__ import annotations
@@ -19,9 +21,6 @@ from zlib import crc32
 
 from popdrop.stores.mbox.spans import FIELDS, QUOTED, Spans
 from popdrop.stores.uidl import EMPTY_LINE, FIELD, STRIPPED, HeaderCut
-
-UNQUOTES: Final = {"mboxrd": True, "mboxo": False}
-"""The kinds of mbox, and whether `>From ` lines of each are un-quoted."""
 
 BLOCK: Final = 256 * 1024
 """Octets to read at a time: one search of them holds the interpreter for about 0.2 ms."""
@@ -36,18 +35,18 @@ LONGEST_TAIL: Final = 8192
 # numeric zone before or after the year, and each with ` remote from host`. As there, the sender
 # may hold anything. Zone words of more than three letters (CEST) are taken too.
 _ZONE: Final = rb"(?: [A-Za-z]{1,5}(?: DST)?| [+-]\d{4})?"
-_DATED: Final = (
+DATED: Final = (
     rb"(?:[^\n]{0,4000} )?[A-Za-z\x80-\xff]{3} [A-Za-z\x80-\xff]{3} [ \d]?\d [ \d]\d:\d\d(?::\d\d)?"
     + _ZONE
     + rb" \d{4}"
     + _ZONE
     + rb"(?: {1,8}remote from [^ \n]{1,255})?\r?\n"
 )
-FROM_LINE: Final = re.compile(rb"From " + _DATED)
+FROM_LINE: Final = re.compile(rb"From " + DATED)
 """A From_ line with its line end."""
 
 # One pass finds the From_ lines and, as matches of just these five octets, what may be quoted.
-_BOUNDARY: Final = rb"(?:(?<=\n\nFrom )|(?<=\n\r\nFrom ))" + _DATED
+_BOUNDARY: Final = rb"(?:(?<=\n\nFrom )|(?<=\n\r\nFrom ))" + DATED
 _TOKENS: Final = {
     True: re.compile(rb"From (?:" + _BOUNDARY + rb"|(?<=>From ))"),
     False: re.compile(rb"From " + _BOUNDARY),
@@ -55,7 +54,8 @@ _TOKENS: Final = {
 _TOKEN_OCTETS: Final = 5
 _QUOTED: Final = re.compile(rb"\n>+From ")
 _QUOTE_RUN: Final = re.compile(rb">+((?:F(?:r(?:om?)?)?)?)")
-_EMPTY_LINES: Final = re.compile(rb"(?:\r?\n)*")
+EMPTY_LINES: Final = re.compile(rb"(?:\r?\n)*")
+"""Any number of them, also none."""
 
 # The message that c-client puts first for data of its own. qpopper, whose marks these are, hides
 # it when two of the three are there.
@@ -68,23 +68,30 @@ _PSEUDO_MARKS: Final = (
     re.compile(rb"(?i)\nFrom:[ \t]{0,8}Mail System Internal Data"),
 )
 
-_CONTEXT: Final = 3
-"""Octets before the next one that decide whether a From_ line may stand there."""
+CONTEXT: Final = 4
+"""Octets before the next one that decide what may stand there: at most two line ends count."""
 
-_NOWHERE: Final = b"xxx"
-_LINE_START: Final = b"xx\n"
+_NOWHERE: Final = b"xxxx"
+_LINE_START: Final = b"xxx\n"
 
 
 class NotAnMbox(ValueError):
-    """The first octets, behind empty lines, are no From_ line.
+    """The first octets, behind empty lines, are not what begins a message.
 
-    `line` is 1-based, `offset` in octets and 0-based.
+    `line` is 1-based, `offset` in octets and 0-based, `wanted` what should stand there.
     """
 
-    def __init__(self, line: int, offset: int) -> None:
-        super().__init__(f"no From_ line at line {line}, offset {offset}")
+    def __init__(self, line: int, offset: int, wanted: str = "From_ line") -> None:
+        super().__init__(f"no {wanted} at line {line}, offset {offset}")
         self.line = line
         self.offset = offset
+
+
+def empty_line_before(buffer: bytes, end: int) -> int:
+    """The octets of the empty line that ends at `end`, 0 if there is none."""
+    if buffer.endswith(b"\n\n", 0, end):
+        return 1
+    return 2 if buffer.endswith(b"\n\r\n", 0, end) else 0
 
 
 class Scanner:
@@ -92,6 +99,10 @@ class Scanner:
 
     `hide` looks for the c-client pseudo message; a part of a file is scanned without.
     """
+
+    wanted = "From_ line"
+    """What a file of this kind begins with, for the log."""
+    _first_line = FROM_LINE
 
     def __init__(
         self, *, unquote: bool = True, strip: frozenset[bytes] = STRIPPED, hide: bool = True
@@ -101,7 +112,7 @@ class Scanner:
         self._tokens = _TOKENS[unquote]
         self._hide = hide
         self._buffer = _NOWHERE
-        self._base = -_CONTEXT
+        self._base = -CONTEXT
         self._at_start = True
         self._skipped_lines = 0
         self._has_cr = False
@@ -117,7 +128,7 @@ class Scanner:
     def feed(self, block: bytes) -> None:
         """Take the next octets of the file. Raises `NotAnMbox`."""
         buffer = self._buffer + block
-        done = _CONTEXT
+        done = CONTEXT
         self._has_cr = b"\r" in buffer
         if self._at_start:
             done = self._find_first(buffer)
@@ -138,47 +149,52 @@ class Scanner:
         buffer = self._buffer
         self._spans.end = self._base + len(buffer)
         if self._at_start:
-            if len(buffer) > _CONTEXT:
-                raise NotAnMbox(self._skipped_lines + 1, self._base + _CONTEXT)
+            if len(buffer) > CONTEXT:
+                raise NotAnMbox(self._skipped_lines + 1, self._base + CONTEXT, self.wanted)
             return self._spans
         self._has_cr = b"\r" in buffer
-        self._lines(buffer, _CONTEXT, len(buffer))
-        separator = missing = 0
-        if buffer.endswith(b"\n\n"):
-            separator = 1
-        elif buffer.endswith(b"\n\r\n"):
-            separator = 2
-        elif not buffer.endswith(b"\n"):
-            # The last line counts as ended by LF, which the next deliverer will add: sizes, checks
-            # and ids stay the same then.
-            cut = self._cut if self._in_header else None
-            if not (cut and cut.in_unsent_field):
-                self._octets += 2
-            if not self._in_header:
-                missing = 1
-            elif not (cut and cut.in_spool_field):
-                self._check = crc32(b"\n", self._check)
-        self._finish(self._spans.end, separator, missing)
+        self._lines(buffer, CONTEXT, len(buffer))
+        self._end(buffer)
         return self._spans
 
+    def _end(self, buffer: bytes) -> None:
+        """The file ends with `buffer`, all of which has been taken."""
+        missing = 0 if buffer.endswith(b"\n") else self._end_line()
+        self._finish(self._spans.end, empty_line_before(buffer, len(buffer)), missing)
+
+    def _end_line(self) -> int:
+        """How many octets the body of the message in progress lacks at its end.
+
+        The last line counts as ended by LF, which the next deliverer will add: sizes, checks and
+        ids stay the same then.
+        """
+        cut = self._cut if self._in_header else None
+        if not (cut and cut.in_unsent_field):
+            self._octets += 2
+        if not self._in_header:
+            return 1
+        if not (cut and cut.in_spool_field):
+            self._check = crc32(b"\n", self._check)
+        return 0
+
     def _keep(self, buffer: bytes, done: int) -> None:
-        self._buffer = buffer[done - _CONTEXT :]
-        self._base += done - _CONTEXT
+        self._buffer = buffer[done - CONTEXT :]
+        self._base += done - CONTEXT
 
     def _find_first(self, buffer: bytes) -> int:
         """Skip empty lines and begin the first message; how far that came."""
-        done = _CONTEXT
-        empty = _EMPTY_LINES.match(buffer, done)
+        done = CONTEXT
+        empty = EMPTY_LINES.match(buffer, done)
         if empty:
             self._skipped_lines += buffer.count(b"\n", done, empty.end())
             done = empty.end()
-        first = FROM_LINE.match(buffer, done)
+        first = self._first_line.match(buffer, done)
         if first:
             self._at_start = False
             self._begin(first)
             return first.end()
         if b"\n" in buffer[done:] or len(buffer) - done > LONGEST_FROM:
-            raise NotAnMbox(self._skipped_lines + 1, self._base + done)
+            raise NotAnMbox(self._skipped_lines + 1, self._base + done, self.wanted)
         return done
 
     def _part_of_line(self, buffer: bytes, done: int) -> None:
@@ -189,7 +205,7 @@ class Scanner:
             end = run.start(1) - 1
             self._piece(buffer, done, end, False)
             self._buffer = _LINE_START + buffer[end:]
-            self._base += end - _CONTEXT
+            self._base += end - CONTEXT
         else:
             # The last octet may be the CR of the line's end.
             end = len(buffer) - 1

@@ -11,9 +11,12 @@ FIELDS: Final = 1
 """Header fields are left out."""
 QUOTED: Final = 2
 """Quoting is undone."""
+REFUSED: Final = 4
+"""Content-Length was not believed."""
 
 
-def _octets() -> array[int]:
+def octet_array() -> array[int]:
+    """An empty array of offsets or counts of octets."""
     return array("Q")
 
 
@@ -21,20 +24,21 @@ def _octets() -> array[int]:
 class Spans:
     """Where the messages of one mbox file lie. 31 octets of memory a message.
 
-    `starts`  offsets of the From_ lines, in octets
-    `heads`   octets of each From_ line with its line end
+    `starts`  offsets of the From_ lines, in octets; in MMDF files those of the lines of ^A
+    `heads`   octets of each From_ line with its line end, and of that line of ^A
     `lengths` octets of each message as stored, behind its From_ line, without the separator
     `sizes`   octets of each as sent (RFC 1939 section 11)
     `checks`  CRC-32 of the From_ line, the header without spool headers, and the body's length
-    `altered` how each is sent: 0 as it is stored, else the sum of `FIELDS` and `QUOTED`
+    `altered` how each is sent: 0 as it is stored, else the sum of `FIELDS` and `QUOTED`;
+              `REFUSED` may be added
     `end`     octets scanned
     `hidden`  whether a c-client pseudo message stands before the first of these
     """
 
-    starts: array[int] = field(default_factory=_octets)
+    starts: array[int] = field(default_factory=octet_array)
     heads: array[int] = field(default_factory=lambda: array("H"))
-    lengths: array[int] = field(default_factory=_octets)
-    sizes: array[int] = field(default_factory=_octets)
+    lengths: array[int] = field(default_factory=octet_array)
+    sizes: array[int] = field(default_factory=octet_array)
     checks: array[int] = field(default_factory=lambda: array("I"))
     altered: array[int] = field(default_factory=lambda: array("B"))
     end: int = 0
@@ -89,5 +93,5 @@ class Spans:
         return self.offset(index) + self.lengths[index]
 
     def stop(self, index: int) -> int:
-        """Where the next From_ line begins, or the end of what was scanned."""
+        """Where the next message begins, or the end of what was scanned."""
         return self.starts[index + 1] if index + 1 < len(self.starts) else self.end

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -19,10 +20,10 @@ from popdrop.interfaces import IBlockingStore, IStoreFactory
 from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
 from popdrop.stores.mbox.index import Indexes
 from popdrop.stores.mbox.journal import Journal, Journals, Leftover, Recovered
+from popdrop.stores.mbox.kinds import FORMS, Form
 from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, hold, sweep
 from popdrop.stores.mbox.recent import Recent
 from popdrop.stores.mbox.recovery import MboxForm
-from popdrop.stores.mbox.scan import UNQUOTES
 from popdrop.stores.mbox.spool import Spool, key_of, open_spool
 from popdrop.stores.template import Template
 from popdrop.stores.uidl import STRIPPED
@@ -30,22 +31,20 @@ from popdrop.values import Owner
 
 log = Logger()
 
-_FORM: Final = MboxForm()
-
 
 def recover(
-    journal: Journal, path: str, spool: Spool | None, kinds: tuple[str, ...]
+    journal: Journal, path: str, spool: Spool | None, kinds: tuple[str, ...], form: Form
 ) -> list[Recovered]:
     """Under the session lock: end what a crash has left unfinished; what was done.
 
-    Takes the spool locks of `kinds`. Raises `Busy`, what `Journal.recover` does, and `OSError`.
+    Takes the spool locks of `kinds`; the spool is of `form`. Raises `Busy`, what `Journal.recover` does, and `OSError`.
     """
     if spool is None:
         lock = DotLock(path)
         if "dot" in kinds and not lock.take():
             raise Busy("spool")
         try:
-            return journal.recover(None, _FORM, lock.refresh)
+            return journal.recover(None, MboxForm(form), lock.refresh)
         finally:
             lock.release()
     if not spool.writable:
@@ -53,7 +52,7 @@ def recover(
     with SpoolLocks(spool.fd, path, kinds, True) as locks:
         if not spool.is_at_path():
             raise Busy("spool")
-        done = journal.recover(spool.fd, _FORM, locks.refresh)
+        done = journal.recover(spool.fd, MboxForm(form), locks.refresh)
         spool.opened = spool.stat()
     return done
 
@@ -63,7 +62,7 @@ class MboxStore:
     """Maildrops that are mbox files.
 
     `template` gives the path (`Template`); session locks lie in `state_dir`/locks. `kind` is one
-    of `scan.UNQUOTES`, `locks` are those of `locks.KINDS` to use, joined by commas. `owner` names
+    of `kinds.FORMS`, `locks` are those of `locks.KINDS` to use, joined by commas. `owner` names
     the system account whose spools these are: `None` means the user's own account, and `any` that
     it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
     stored) bound a maildrop, 0 does not. `bare_cr`: `space` sends a CR that ends no line as a
@@ -82,8 +81,8 @@ class MboxStore:
         max_octets: int = 0,
         bare_cr: str = "keep",
     ) -> None:
-        if kind not in UNQUOTES:
-            raise ConfigError(f"kind={kind}: must be {' or '.join(UNQUOTES)}")
+        if kind not in FORMS:
+            raise ConfigError(f"kind={kind}: must be {_or(FORMS)}")
         chosen = locks.split(",")
         if not set(chosen) <= set(KINDS) or len(set(chosen)) < len(chosen):
             raise ConfigError(f"locks={locks}: must be fcntl, dot, or fcntl,dot")
@@ -91,7 +90,7 @@ class MboxStore:
         self._folder = os.path.join(state_dir, "locks")
         self._owner = owner
         self._owner_uid = None if owner in (None, "any") else _uid_of(str(owner))
-        self.unquote = UNQUOTES[kind]
+        self.form = FORMS[kind]
         self.locks: tuple[str, ...] = tuple(name for name in KINDS if name in chosen)
         self.strip = STRIPPED if strip_headers else frozenset()
         if bare_cr not in ("keep", "space"):
@@ -100,8 +99,7 @@ class MboxStore:
         self.max_messages = max_messages
         self.max_octets = max_octets
         self.recent = Recent()
-        form = f"{kind} {self.unquote} {sorted(self.strip)}"
-        self.indexes = Indexes(state_dir, form.encode())
+        self.indexes = Indexes(state_dir, f"{kind} {sorted(self.strip)}".encode())
         self.journals = Journals(state_dir)
 
     def open(self, owner: Owner) -> MboxDrop:
@@ -129,7 +127,7 @@ class MboxStore:
         journal = self.journals.of(path)
         if not journal.pending():
             return
-        done = recover(journal, path, spool, self.locks)
+        done = recover(journal, path, spool, self.locks, self.form)
         for each in done:
             log.warn(
                 "{path}: recovered from a crash: {outcome}{aside}",
@@ -205,7 +203,8 @@ class MboxFactory:
     help = (
         "mbox:TEMPLATE, one spool file a user, as mbox:/var/mail/{user}. The path may hold "
         "{user}, {domain}, {home}, {hash1}, {hash2} (qpopper's hash-spool). Keywords: "
-        "kind=mboxrd|mboxo (mboxrd un-quotes >From lines), locks=fcntl,dot, strip-headers=yes|no "
+        "kind=mboxrd|mboxo|mboxcl|mboxcl2|mmdf|auto (mboxrd un-quotes >From lines; mboxcl, mboxcl2 "
+        "and auto believe a Content-Length that is true), locks=fcntl,dot, strip-headers=yes|no "
         "(Status and the like are not sent), owner=NAME|any (default: the user), "
         "bare-cr=keep|space (what a CR that ends no line is sent as), "
         "max-messages=N, max-octets=N (0, the default: no limit)."
@@ -242,6 +241,11 @@ class MboxFactory:
             max_octets=_count("max-octets", kwargs),
             bare_cr=kwargs.get("bare-cr", "keep"),
         )
+
+
+def _or(names: Iterable[str]) -> str:
+    *most, last = names
+    return f"{', '.join(most)} or {last}"
 
 
 def _count(name: str, kwargs: dict[str, str]) -> int:

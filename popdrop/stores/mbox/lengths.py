@@ -1,0 +1,223 @@
+"""mbox files whose messages may say by Content-Length where they end (mboxcl, mboxcl2). Pure.
+
+What a header says is believed if a From_ line, or the end of the file, stands at its end: right
+there, or behind the line end and the empty line that deliverers write before it (mutt and Dovecot
+want just one line end there). Then From_ lines within the length are text. A length that is not
+believed changes nothing: the message ends at the next From_ line behind an empty line.
+
+A scanner cannot look ahead or go back, so the file is taken in parts, from one From_ line to the
+next, as if no length were true, and each part keeps what it would be as a message and what as
+text of the one before. When all parts are known, lengths are looked at in order and parts joined.
+
+Believed are one field of 1 to 18 digits, not folded; two of them are none. A From_ line directly
+behind another line than an empty one counts only at the end of such a length, and only as the
+first From_ line of its paragraph: behind another one it would stand in that one's header.
+"""
+
+from __future__ import annotations
+
+import re
+from array import array
+from bisect import bisect_left
+from dataclasses import dataclass, field
+from heapq import heappop, heappush
+from typing import Final
+from zlib import crc32
+
+from popdrop.stores.mbox.scan import CONTEXT, DATED, Scanner, empty_line_before
+from popdrop.stores.mbox.spans import FIELDS, REFUSED, Spans, octet_array
+from popdrop.stores.uidl import EMPTY_LINE, STRIPPED
+
+_FROM_LINES: Final = re.compile(rb"From (?<=\nFrom )" + DATED)
+_LENGTH: Final = re.compile(rb"(?i)\nContent-Length:([^\n]*)")
+_NUMBER: Final = re.compile(rb"[ \t]*(\d{1,18})[ \t]*\r?")
+_LINE_ENDS: Final = re.compile(rb"(?:\r?\n){0,2}\Z")
+_LF: Final = 0x0A
+_CR: Final = 0x0D
+
+
+@dataclass(slots=True)
+class _Parts:
+    """What stands between From_ lines: 58 octets of memory each.
+
+    `octets` are as sent, with spool headers, without the From_ line, which `own` counts.
+    `target` is where the Content-Length of the header ends, 0 for none; `reach` how many octets
+    before the end of the part are line ends that one may leave out.
+    """
+
+    starts: array[int] = field(default_factory=octet_array)
+    ends: array[int] = field(default_factory=octet_array)
+    bodies: array[int] = field(default_factory=octet_array)
+    octets: array[int] = field(default_factory=octet_array)
+    unsent: array[int] = field(default_factory=octet_array)
+    targets: array[int] = field(default_factory=octet_array)
+    checks: array[int] = field(default_factory=lambda: array("I"))
+    heads: array[int] = field(default_factory=lambda: array("H"))
+    own: array[int] = field(default_factory=lambda: array("H"))
+    separators: array[int] = field(default_factory=lambda: array("B"))
+    reaches: array[int] = field(default_factory=lambda: array("B"))
+
+
+class LengthScanner(Scanner):
+    """As `Scanner`, but Content-Length is believed where it is true. Nothing is un-quoted.
+
+    Needs 58 octets of memory for each From_ line until the file ends, and 40 for each length that
+    reaches further than what was fed.
+    """
+
+    def __init__(self, *, strip: frozenset[bytes] = STRIPPED, hide: bool = True) -> None:
+        super().__init__(unquote=False, strip=strip, hide=hide)
+        self._parts = _Parts()
+        self._due: list[int] = []  # a heap of targets
+        self._in_from_paragraph = False
+        self._reach = 0
+        self._hidden = False
+        self._lacks = self._lacks_as_text = 0
+        # Of the part in progress:
+        self._own = 0
+        self._fields = 0
+        self._length = -1
+        self._may_fold = False
+        self._target = 0
+
+    def close(self) -> Spans:
+        """As `Scanner.close`."""
+        spans = super().close()
+        if not self._at_start:
+            self._join()
+        return spans
+
+    def _begin(self, line: re.Match[bytes]) -> None:
+        super()._begin(line)
+        self._in_from_paragraph = False
+        self._own = len(line[0]) + (not line[0].endswith(b"\r\n"))
+        self._fields = self._target = 0
+        self._length = -1
+        self._may_fold = False
+
+    def _lines(self, buffer: bytes, done: int, end: int) -> None:
+        for token in _FROM_LINES.finditer(buffer, done, end):
+            start = token.start()
+            self._take(buffer, done, start)
+            done = start
+            reach = _reach(buffer, start)
+            due = self._is_due(self._base + start, reach)
+            separator = empty_line_before(buffer, start)
+            if not separator and (not due or self._in_header or self._in_from_paragraph):
+                self._in_from_paragraph = True
+                continue
+            self._reach = reach
+            self._finish(self._base + start, separator)
+            self._begin(token)
+            done = token.end()
+        self._take(buffer, done, end)
+
+    def _take(self, buffer: bytes, start: int, end: int) -> None:
+        self._piece(buffer, start, end, False)
+        if self._in_from_paragraph and EMPTY_LINE.search(buffer, start - 1, end):
+            self._in_from_paragraph = False
+
+    def _is_due(self, offset: int, reach: int) -> bool:
+        """Whether a length ends at `offset` or at most `reach` octets before it."""
+        due = False
+        while self._due and self._due[0] <= offset:
+            due = heappop(self._due) >= offset - reach or due
+        return due
+
+    def _header(self, buffer: bytes, start: int, end: int) -> None:
+        super()._header(buffer, start, end)
+        stop = self._body - self._base
+        self._look_for_length(buffer, start, stop)
+        if not self._in_header and self._fields == 1 and self._length >= 0:
+            empty_line = 2 if buffer[stop] == _CR else 1
+            self._target = self._body + empty_line + self._length
+            heappush(self._due, self._target)
+
+    def _look_for_length(self, buffer: bytes, start: int, stop: int) -> None:
+        if self._may_fold and buffer[start] in b" \t":
+            self._length = -1
+        self._may_fold = False
+        for found in _LENGTH.finditer(buffer, start - 1, stop):
+            self._fields += 1
+            end = found.end()
+            ended = end < stop and buffer[end] == _LF
+            number = _NUMBER.fullmatch(found[1]) if ended else None
+            folded = end + 1 < stop and buffer[end + 1] in b" \t"
+            self._length = int(number[1]) if number and not folded else -1
+            self._may_fold = end + 1 == stop
+
+    def _finish(self, end: int, separator: int, missing: int = 0) -> None:
+        if self._hide:
+            self._hide = False
+            self._hidden = len(self._marks) > 1
+        parts = self._parts
+        parts.starts.append(self._start)
+        parts.ends.append(end)
+        parts.bodies.append(self._body)
+        parts.octets.append(self._octets)
+        parts.unsent.append(self._cut.unsent if self._cut else 0)
+        parts.targets.append(self._target)
+        parts.checks.append(self._check)
+        parts.heads.append(self._content - self._start)
+        parts.own.append(self._own)
+        parts.separators.append(separator)
+        parts.reaches.append(self._reach)
+
+    def _end(self, buffer: bytes) -> None:
+        octets = self._octets
+        unsent = 0
+        if not buffer.endswith(b"\n"):
+            self._lacks = self._end_line()
+            self._lacks_as_text = 1
+            unsent = octets + 2 - self._octets
+            self._octets = octets + 2
+        self._reach = _reach(buffer, len(buffer))
+        self._finish(self._spans.end, empty_line_before(buffer, len(buffer)))
+        self._parts.unsent[-1] += unsent
+
+    def _join(self) -> None:
+        """Make messages of the parts."""
+        first = 0
+        while first < len(self._parts.starts):
+            last, refused = self._last_part(first)
+            if first == 0 and self._hidden:
+                self._spans.hidden = True
+            else:
+                self._add(first, last, refused)
+            first = last + 1
+
+    def _last_part(self, first: int) -> tuple[int, bool]:
+        """The last part of the message that begins with `first`; whether its length was refused."""
+        parts = self._parts
+        target = parts.targets[first]
+        if target:
+            last = bisect_left(parts.ends, target, first)
+            if last < len(parts.ends) and parts.ends[last] - parts.reaches[last] <= target:
+                return last, False
+        last = first
+        while last + 1 < len(parts.ends) and not parts.separators[last]:
+            last += 1
+        return last, target > 0
+
+    def _add(self, first: int, last: int, refused: bool) -> None:
+        spans, parts = self._spans, self._parts
+        start, head = parts.starts[first], parts.heads[first]
+        separator, unsent = parts.separators[last], parts.unsent[first]
+        content_end = parts.ends[last] - separator
+        octets = sum(parts.octets[first : last + 1]) + sum(parts.own[first + 1 : last + 1])
+        lacks = 0
+        if last + 1 == len(parts.ends):
+            lacks = self._lacks if first == last else self._lacks_as_text
+        body = content_end + lacks - parts.bodies[first]
+        spans.starts.append(start)
+        spans.heads.append(head)
+        spans.lengths.append(content_end - start - head)
+        spans.sizes.append(octets - (2 if separator else 0) - unsent)
+        spans.altered.append((FIELDS if unsent else 0) | (REFUSED if refused else 0))
+        spans.checks.append(crc32(b"%d" % body, parts.checks[first]))
+
+
+def _reach(buffer: bytes, end: int) -> int:
+    """The octets of up to two line ends before `end`."""
+    found = _LINE_ENDS.search(buffer, end - CONTEXT, end)
+    return end - found.start() if found else 0
