@@ -235,6 +235,61 @@ class SessionTests(ServerCase):
         client.quit()
 
 
+class KindTests(ServerCase):
+    """Spools that are no plain files of From_ lines, with mail that comes in the session."""
+
+    HEADER = b"From: <alice@example.org>\nSubject: mail %d\n"
+    BODY = b">From here\n\n" + mail(99) + b"\x01 end\n"
+
+    def retrieve(self, client: poplib.POP3, number: int) -> bytes:
+        return b"".join(line + b"\r\n" for line in client.retr(number)[1])
+
+    def session(self, kind: str, spool: list[bytes], new: bytes, sent: bytes) -> None:
+        """Three messages that are all sent as `sent`, but for their number; the second goes."""
+        self.spool.write_bytes(b"".join(spool))
+        server = self.serve("--store", f"mbox:{self.folder.spools}/{{user}}:kind={kind}")
+        client = server.client()
+        client.user("bob")
+        client.pass_("hunter2")
+        wanted = [sent.replace(b"\n", b"\r\n") % number for number in (1, 2, 3)]
+        sizes = [int(line.split()[1]) for line in client.list()[1]]
+        self.assertEqual(sizes, [len(each) for each in wanted])
+        self.assertEqual([self.retrieve(client, number) for number in (1, 2, 3)], wanted)
+        ids = [line.split()[1] for line in client.uidl()[1]]
+        self.assertEqual(len(set(ids)), 3)
+        client.dele(2)
+        with self.spool.open("ab") as file:
+            file.write(new)
+        client.quit()
+        self.assertEqual(self.spool.read_bytes(), spool[0] + spool[2] + new)
+        client = server.client()
+        client.user("bob")
+        client.pass_("hunter2")
+        again = [line.split()[1] for line in client.uidl()[1]]
+        self.assertEqual((again[:2], len(again)), ([ids[0], ids[2]], 3))
+        client.dele(1)
+        client.dele(2)
+        client.quit()
+        self.assertEqual(self.spool.read_bytes(), new)
+
+    def test_mmdf(self) -> None:
+        line = b"\x01\x01\x01\x01\n"
+        from_line = mail(1).partition(b"\n")[0] + b"\n"
+        message = self.HEADER + b"\n" + self.BODY
+        spool = [
+            line + from_line + b"Status: RO\n" + message % 1 + line,
+            line + message % 2 + line,
+            line + b"X-UID: 7\n" + message % 3 + line,
+        ]
+        self.session("mmdf", spool, line + message % 4 + line, message)
+
+    def test_mboxcl2(self) -> None:
+        from_line = mail(1).partition(b"\n")[0] + b"\n"
+        header = self.HEADER + b"Content-Length: %d\n\n" % len(self.BODY)
+        spool = [from_line + header % number + self.BODY + b"\n" for number in (1, 2, 3, 4)]
+        self.session("mboxcl2", spool[:3], spool[3], self.HEADER + b"\n" + self.BODY)
+
+
 class TLSTests(ServerCase):
     def test_implicit(self) -> None:
         server = self.serve(listen=("tcp:0:interface=127.0.0.1",))
