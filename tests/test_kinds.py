@@ -13,12 +13,12 @@ from popdrop.stores.mbox.scan import NotAnMbox
 from popdrop.stores.mbox.spans import FIELDS, REFUSED, Spans
 from popdrop.stores.uidl import STRIPPED
 from popdrop.wire import Outgoing
-from tests import oracle_mbox
-from tests.test_scan import FRAGMENTS, FROM, PseudoTests, make_spool, rows
+from tests import oracle_mbox, test_scan
+from tests.test_scan import FRAGMENTS, FROM, make_spool, rows
 
 SEP = b"\x01\x01\x01\x01\n"
 LENGTHS = ("mboxcl", "mboxcl2", "auto")
-PSEUDO = PseudoTests.PSEUDO
+PSEUDO = test_scan.PseudoTests.PSEUDO
 
 
 def spans_of(
@@ -309,6 +309,7 @@ class LengthTests(SynchronousTestCase):
         for value in values:
             octets = self.message(value) + b"\n" + self.NEXT
             self.assertEqual(self.count(octets), 3, value)
+            self.assertEqual(len(spans_of(octets, "mboxcl2", 1)), 3, value)
             spans = spans_of(octets, "mboxcl2")
             joined = b"".join(octets[s : spans.stop(i)] for i, s in enumerate(spans.starts))
             self.assertEqual(joined, octets)
@@ -329,6 +330,15 @@ class LengthTests(SynchronousTestCase):
         body = octets.index(b"@@@@@@\n\n") + 8
         for target in (octets.rindex(b"From bob"), octets.rindex(b"\nFrom bob"), len(octets)):
             self.assertEqual(self.count(octets.replace(b"@@@@@@", b"%06d" % (target - body))), 3)
+
+    def test_not_into_a_header(self) -> None:
+        """Where a From_ line stands behind another one, in its header, no length ends."""
+        inner = FROM + b"A: b\n"
+        octets = self.message(b"%d" % len(b"x\n\n" + inner), b"x\n\n" + inner)
+        for block in (1, 1 << 20):
+            spans = spans_of(octets + FROM + b"B: c\n\ny\n", "mboxcl2", block)
+            self.assertEqual(list(spans.starts), [0, octets.index(inner)])
+            self.assertEqual(list(spans.altered), [FIELDS | REFUSED, 0])
 
     def test_only_in_the_header(self) -> None:
         octets = FROM + b"A: b\n\nContent-Length: 30\n\n" + FROM + b"\nnext\n"

@@ -16,9 +16,9 @@ from popdrop.stores.mbox.kinds import FORMS, LOOK_BACK
 from popdrop.stores.mbox.store import MboxStore
 from popdrop.testing import StoreContract, as_sent
 from popdrop.values import Owner
-from tests import oracle_mbox
+from tests import oracle_mbox, test_mbox_drop
 from tests.test_kinds import PSEUDO, SEP, anything, kinds
-from tests.test_mbox_drop import BOB, Contract, MboxCase
+from tests.test_mbox_drop import BOB, MboxCase
 from tests.test_scan import FROM
 
 INNER = b"body\n\n" + FROM + b"Subject: inside\n\nmore\n"
@@ -57,7 +57,7 @@ class KindCase(MboxCase):
         return store
 
 
-class MmdfContract(Contract):
+class MmdfContract(test_mbox_drop.Contract):
     """What holds for every store, over MMDF files."""
 
     def make(self, **options: object) -> MboxStore:
@@ -72,7 +72,7 @@ class AutoMmdfContract(MmdfContract):
         return super().make(kind="auto")
 
 
-class LengthContract(Contract):
+class LengthContract(test_mbox_drop.Contract):
     """The same over files with Content-Length."""
 
     def make(self, **options: object) -> MboxStore:

@@ -20,13 +20,12 @@ import re
 from array import array
 from bisect import bisect_left
 from dataclasses import dataclass, field
-from heapq import heappop, heappush
 from typing import Final
 from zlib import crc32
 
 from popdrop.stores.mbox.scan import CONTEXT, DATED, Scanner, empty_line_before
 from popdrop.stores.mbox.spans import FIELDS, REFUSED, Spans, octet_array
-from popdrop.stores.uidl import EMPTY_LINE, STRIPPED
+from popdrop.stores.uidl import STRIPPED
 
 _FROM_LINES: Final = re.compile(rb"From (?<=\nFrom )" + DATED)
 _LENGTH: Final = re.compile(rb"(?i)\nContent-Length:([^\n]*)")
@@ -61,15 +60,12 @@ class _Parts:
 class LengthScanner(Scanner):
     """As `Scanner`, but Content-Length is believed where it is true. Nothing is un-quoted.
 
-    Needs 58 octets of memory for each From_ line until the file ends, and 40 for each length that
-    reaches further than what was fed.
+    Needs 58 octets of memory for each From_ line until the file ends.
     """
 
     def __init__(self, *, strip: frozenset[bytes] = STRIPPED, hide: bool = True) -> None:
         super().__init__(unquote=False, strip=strip, hide=hide)
         self._parts = _Parts()
-        self._due: list[int] = []  # a heap of targets
-        self._in_from_paragraph = False
         self._reach = 0
         self._hidden = False
         self._lacks = self._lacks_as_text = 0
@@ -89,7 +85,6 @@ class LengthScanner(Scanner):
 
     def _begin(self, line: re.Match[bytes]) -> None:
         super()._begin(line)
-        self._in_from_paragraph = False
         self._own = len(line[0]) + (not line[0].endswith(b"\r\n"))
         self._fields = self._target = 0
         self._length = -1
@@ -98,31 +93,14 @@ class LengthScanner(Scanner):
     def _lines(self, buffer: bytes, done: int, end: int) -> None:
         for token in _FROM_LINES.finditer(buffer, done, end):
             start = token.start()
-            self._take(buffer, done, start)
+            self._piece(buffer, done, start, False)
             done = start
-            reach = _reach(buffer, start)
-            due = self._is_due(self._base + start, reach)
-            separator = empty_line_before(buffer, start)
-            if not separator and (not due or self._in_header or self._in_from_paragraph):
-                self._in_from_paragraph = True
-                continue
-            self._reach = reach
-            self._finish(self._base + start, separator)
-            self._begin(token)
-            done = token.end()
-        self._take(buffer, done, end)
-
-    def _take(self, buffer: bytes, start: int, end: int) -> None:
-        self._piece(buffer, start, end, False)
-        if self._in_from_paragraph and EMPTY_LINE.search(buffer, start - 1, end):
-            self._in_from_paragraph = False
-
-    def _is_due(self, offset: int, reach: int) -> bool:
-        """Whether a length ends at `offset` or at most `reach` octets before it."""
-        due = False
-        while self._due and self._due[0] <= offset:
-            due = heappop(self._due) >= offset - reach or due
-        return due
+            if not self._in_header:
+                self._reach = _reach(buffer, start)
+                self._finish(self._base + start, empty_line_before(buffer, start))
+                self._begin(token)
+                done = token.end()
+        self._piece(buffer, done, end, False)
 
     def _header(self, buffer: bytes, start: int, end: int) -> None:
         super()._header(buffer, start, end)
@@ -131,7 +109,6 @@ class LengthScanner(Scanner):
         if not self._in_header and self._fields == 1 and self._length >= 0:
             empty_line = 2 if buffer[stop] == _CR else 1
             self._target = self._body + empty_line + self._length
-            heappush(self._due, self._target)
 
     def _look_for_length(self, buffer: bytes, start: int, stop: int) -> None:
         if self._may_fold and buffer[start] in b" \t":
