@@ -301,6 +301,33 @@ class CommitTests(KindCase):
                 self.assertEqual(self.spool(), false + kept + new + next_new)
                 drop.release()
 
+    def test_a_false_length_is_no_bar(self) -> None:
+        """What has nothing to do with it is deleted, also when new mail came."""
+        false = cl2(1, b"a\n").replace(b"Length: 2", b"Length: 999999")
+        for row, left in ((0, cl2(2)), (1, false)):
+            self.assertEqual(self.delete("mboxcl2", false + cl2(2), [row], cl2(3)), left + cl2(3))
+
+    def test_copies_and_new_mail(self) -> None:
+        """Messages that nothing tells apart but their places are deleted by these."""
+        copy = cl2(1)
+        for kind in ("mboxcl2", "auto"):
+            self.assertEqual(self.delete(kind, copy * 3, [1], cl2(2)), copy * 2 + cl2(2))
+        self.assertEqual(self.delete("auto", mmdf(1) * 3, [1], mmdf(2)), mmdf(1) * 2 + mmdf(2))
+
+    def test_changed_in_its_place(self) -> None:
+        """Another header, or another body where ids are known: it is not the same message."""
+        octets = cl2(1) + cl2(2)
+        for known, old, new in ((False, b"Subject: 2", b"Subject: X"), (True, b"more", b"MORE")):
+            changed = cl2(1) + cl2(2).replace(old, new)
+            self.write(octets)
+            drop = self.opened_as("mboxcl2")
+            if known:
+                drop.identify()
+            self.write(changed)
+            self.assertRaises(TemporaryFailure, drop.commit, [1])
+            self.assertEqual(self.spool(), changed)
+            drop.release()
+
 
 class RecoveryTests(KindCase):
     """A crash in the middle, then whatever may have happened to the spool meanwhile."""
