@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib  # not `suppress`: trial reads a module attribute of that name
 import errno
 import os
 import random
+import shutil
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from popdrop.errors import PermanentFailure, TemporaryFailure
+from popdrop.errors import PermanentFailure, PopdropError, TemporaryFailure
 from popdrop.stores.mbox.drop import CORRUPT, MboxDrop
 from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.kinds import FORMS, LOOK_BACK
 from popdrop.stores.mbox.store import MboxStore
 from popdrop.testing import StoreContract, as_sent
 from popdrop.values import Owner
-from tests import oracle_mbox, test_mbox_drop
+from tests import oracle_mbox, test_index, test_mbox_drop
 from tests.test_kinds import PSEUDO, SEP, anything, kinds
 from tests.test_mbox_drop import BOB, MboxCase
 from tests.test_scan import FROM
@@ -419,3 +421,57 @@ class RecoveryTests(KindCase):
         folder = os.path.dirname(self.path)
         for name in os.listdir(folder):
             os.unlink(os.path.join(folder, name))
+
+
+class IndexTests(test_index.IndexCase):
+    """Nobody can tell whether there was an index, whatever was appended."""
+
+    kind = "mboxrd"
+
+    def make(self, **options: object) -> MboxStore:
+        return super().make(**{"kind": self.kind, **options})
+
+    def fresh(self) -> MboxStore:
+        state = os.path.join(self.folder, "other")
+        shutil.rmtree(state, ignore_errors=True)
+        return MboxStore(os.path.join(self.folder, "mail", "{user}"), state, self.kind)
+
+    def grown(self, kind: str, octets: bytes, more: bytes) -> None:
+        self.kind = kind
+        self.write(octets)
+        self.visit(uidl=True)
+        self.append(more)
+        self.store = self.make()
+        self.assertEqual(self.seen(self.store), self.seen(self.fresh()))
+
+    @settings(max_examples=150, deadline=None, derandomize=True)
+    @given(octets=anything, kind=kinds, more=anything, seed=st.integers(0, 2**32))
+    def test_any_growth(self, octets: bytes, kind: str, more: bytes, seed: int) -> None:
+        """What was appended is part of the same octets, or begins anew."""
+        with contextlib.suppress(PopdropError):
+            cut = random.Random(seed).randrange(len(octets) + 1)
+            self.grown(kind, octets[:cut], octets[cut:])
+        with contextlib.suppress(PopdropError):
+            self.grown(kind, octets, more)
+
+    def test_a_length_that_mail_makes_true(self) -> None:
+        kept, new = cl2(2), cl2(3)
+        first = cl2(1, b"a\n")
+        reach = b"Length: %d" % (len(b"a\n\n") + len(kept + new))
+        false = first.replace(b"Length: 2", reach)
+        for kind in ("mboxcl", "mboxcl2", "auto"):
+            self.grown(kind, false + kept, new + cl2(4))
+            drop = self.make().open(BOB)
+            self.assertEqual(len(drop.listing), 2)
+            drop.release()
+
+    def test_true_lengths_are_not_scanned_again(self) -> None:
+        """A spool that has grown is worth its index also where lengths are believed."""
+        for kind, one in (("mboxcl2", cl2), ("auto", cl2), ("auto", mmdf), ("mmdf", mmdf)):
+            old = b"".join(one(number) for number in range(20))
+            self.grown(kind, old, one(20))
+            self.visit(uidl=True)
+            self.append(one(21))
+            drop = self.make().open(BOB)
+            self.assertEqual((drop._proven, len(drop.listing)), (21, 22))
+            drop.release()

@@ -32,7 +32,7 @@ from popdrop.interfaces import IBlockingMaildrop
 from popdrop.listing import Ids, Listing
 from popdrop.stores.mbox.index import EAGER, SMALLEST, Damaged, Index, Indexes, Known, tail_of
 from popdrop.stores.mbox.journal import Journals
-from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form
+from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form, is_mmdf
 from popdrop.stores.mbox.locks import NoDotLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import BLOCK, NotAnMbox
@@ -330,7 +330,7 @@ class MboxDrop:
         if found.st_size > known.end:
             if not (self._is_over(known.end) and self._begins(known.end)):
                 return False
-            if self._store.form.lengths and self._has_refused(known):
+            if self._store.form.lengths and not self._may_grow(known):
                 return False
             self._tail = self._scan(known.end, found.st_size, refresh, hide=False)
             if known.end + self._tail.end < found.st_size:
@@ -341,12 +341,19 @@ class MboxDrop:
         self._take(known)
         return True
 
-    def _has_refused(self, known: Known) -> bool:
-        """Whether a Content-Length was not true, and may be now that mail was appended."""
+    def _may_grow(self, known: Known) -> bool:
+        """Whether what was appended leaves the old as it was.
+
+        A Content-Length that was not true may be now, and `auto` may be met by both its forms.
+        """
         try:
-            return any(altered & REFUSED for altered in known.places().altered)
+            old = known.places()
         except Damaged:
-            return True
+            return False
+        if not len(old) or any(altered & REFUSED for altered in old.altered):
+            return False
+        places = (old.starts[0], known.end)
+        return len({is_mmdf(self._spool.read(at, at + LOOK_AHEAD)) for at in places}) == 1
 
     @property
     def _advice(self) -> str:
