@@ -37,8 +37,8 @@ def recover(
 ) -> list[Recovered]:
     """Under the session lock: end what a crash has left unfinished; what was done.
 
-    Takes the spool locks of `kinds`; the spool is of `form`. Raises `Busy`, what `Journal.recover`
-    does, and `OSError`.
+    Takes the spool locks of `kinds`; the spool is of `form`. Raises `Busy`, what
+    `Journal.recover` does, and `OSError`.
     """
     if spool is None:
         lock = DotLock(path)
