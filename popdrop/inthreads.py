@@ -51,6 +51,7 @@ TRIES: Final = 5
 """Reads of a block while the file changes under them."""
 SESSION_WAIT: Final = 2.0
 """Seconds to wait for another session of the same maildrop to let go."""
+NOT_READ: Final = "message could not be read, try again later"
 LOCK_TIMEOUT: Final = 30.0
 """Seconds to wait for a deliverer or a mail reader, `--lock-timeout`."""
 
@@ -308,13 +309,15 @@ class MessageBlocks:
             block = self._drop.hot(source.fd, offset, min(left, BLOCK))
             if not block:
                 wanted = min(left, COLD_BLOCK)
-                block = await self._drop.call(partial(os.pread, source.fd, wanted, offset))
+                try:
+                    block = await self._drop.call(partial(os.pread, source.fd, wanted, offset))
+                except OSError as error:
+                    code = errno.errorcode.get(error.errno or 0, "?")
+                    raise TemporaryFailure(NOT_READ, f"{code} at offset {offset}") from error
             if block and source.unchanged():
                 return block
             await self._drop.patiently(source.verify)
-        raise TemporaryFailure(
-            "message could not be read, try again later", "the file changes all the time"
-        )
+        raise TemporaryFailure(NOT_READ, "the file changes all the time")
 
     def close(self) -> None:
         """As `IBlocks.close`."""

@@ -171,3 +171,15 @@ class InThreadsTests(TestCase):
         with self.assertRaises(TemporaryFailure):
             await self.octets(drop, 0)
         await drop.release()
+
+    async def test_a_file_that_cannot_be_read(self) -> None:
+        """No traceback, and no "internal error": this happens to disks."""
+        path = self.mktemp()
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        self.addCleanup(os.close, fd)
+        drop: Any = await self.store(MemoryStore({"bob": [b"x\n"]})).open(BOB)
+        drop._drop.source = lambda index: Source(fd, 3, 5, 6)
+        with self.assertRaises(TemporaryFailure) as caught:
+            await self.octets(drop, 0)
+        self.assertEqual(caught.exception.detail, "EBADF at offset 3")
+        await drop.release()
