@@ -15,7 +15,15 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import Busy
 from popdrop.stores.mbox import locks
-from popdrop.stores.mbox.locks import DotLock, NoDotLock, SessionLock, SpoolLocks, is_stale, sweep
+from popdrop.stores.mbox.locks import (
+    DotLock,
+    NoDotLock,
+    NoFcntlLock,
+    SessionLock,
+    SpoolLocks,
+    is_stale,
+    sweep,
+)
 
 BOTH = ("fcntl", "dot")
 
@@ -162,6 +170,40 @@ class SpoolLocksTests(SpoolCase):
         with self.locks(("dot",)):
             self.assertFalse(posix_locked(self.spool))
             self.assertTrue(os.path.exists(self.dot))
+
+    def test_without_fcntl_the_spool_is_opened_anew(self) -> None:
+        """Under the lock: at an open NFS looks whether the file has changed."""
+        seen = []
+        real = os.open
+
+        def watching(path: str, *rest: int, **more: int) -> int:
+            if path == self.spool:
+                seen.append(os.path.exists(self.dot))
+            return real(path, *rest, **more)
+
+        for kinds, opened in ((("dot",), [True]), (BOTH, []), (("fcntl",), [])):
+            held = self.locks(kinds)
+            self.patch(os, "open", watching)
+            with held:
+                self.assertEqual(seen, opened, kinds)
+            self.patch(os, "open", real)
+            seen.clear()
+        held = self.locks(("dot",))
+        os.unlink(self.spool)
+        with held:
+            self.assertEqual(os.listdir(self.folder), ["bob.lock"])
+
+    def test_a_file_system_without_fcntl_locks(self) -> None:
+        """ENOLCK is told apart; other errors and the dot-lock are not touched by it."""
+        for code, kind in ((errno.ENOLCK, NoFcntlLock), (errno.EIO, OSError)):
+
+            def refuse(*_: object, code: int = code) -> int:
+                raise OSError(code, os.strerror(code))
+
+            self.patch(fcntl, "fcntl", refuse)
+            error = self.assertRaises(OSError, self.locks().__enter__)
+            self.assertIs(type(error), kind)
+            self.assertEqual((error.errno, os.listdir(self.folder)), (code, ["bob"]))
 
     def test_error_inside(self) -> None:
         def fail() -> None:

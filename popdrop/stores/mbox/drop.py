@@ -33,7 +33,7 @@ from popdrop.listing import Ids, Listing
 from popdrop.stores.mbox.index import EAGER, SMALLEST, Damaged, Index, Indexes, Known, tail_of
 from popdrop.stores.mbox.journal import Journals
 from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form, is_mmdf
-from popdrop.stores.mbox.locks import NoDotLock, SessionLock, SpoolLocks
+from popdrop.stores.mbox.locks import NoDotLock, NoFcntlLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import BLOCK, NotAnMbox
 from popdrop.stores.mbox.spans import FIELDS, QUOTED, REFUSED, Spans
@@ -63,6 +63,7 @@ READ_ONLY: Final = "maildrop is read-only, nothing was deleted"
 CHANGED: Final = "maildrop was changed by another program, try again later"
 NOT_DELETED: Final = "maildrop was changed by another program, nothing was deleted"
 NOT_LOCKED: Final = "maildrop cannot be locked now, nothing was deleted"
+NO_FCNTL: Final = "maildrop cannot be locked, its file system has no fcntl locks"
 NOT_WRITTEN: Final = "maildrop could not be rewritten"
 
 clock_ns: Callable[[], int] = time.time_ns
@@ -93,6 +94,9 @@ def told(path: str, lasting: str = UNREADABLE, passing: str = TRY_LATER) -> Iter
     except OSError as error:
         code = errno.errorcode.get(error.errno or 0, "?")
         detail = f"{path}: {code} {error.strerror}"
+        if isinstance(error, NoFcntlLock):
+            remedy = "run its lock daemon (NFS: lockd), or say locks=dot here and to the MTA"
+            raise TemporaryFailure(NO_FCNTL, f"{detail}; {remedy}") from error
         if error.errno in _LASTING:
             raise PermanentFailure(lasting, detail) from error
         raise TemporaryFailure(passing, detail) from error

@@ -43,6 +43,7 @@ _FLOCK: Final = struct.Struct("hhqqi4x")
 _HOLDER: Final = re.compile(rb"\s*([1-9][0-9]{0,9})(?::(\S+))?\s*(?:\n(\S+)\s*)?(?:\n|\Z)")
 TEMPORARY: Final = ".popdrop-lock-"
 """What the names of dot-locks in the making hold, behind a dot and the name of the spool."""
+_NO_FCNTL: Final = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 _NO_TMPFILE: Final = {errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL}
 
 
@@ -72,6 +73,10 @@ def fcntl_holder(fd: int) -> int:
 
 class NoDotLock(OSError):
     """The dot-lock can be neither made nor waited for: no rights, no space, or a broken folder."""
+
+
+class NoFcntlLock(OSError):
+    """The spool's file system has no fcntl locks, as NFS without a lock daemon."""
 
 
 def identity(path: str) -> bytes:
@@ -162,7 +167,7 @@ class Held(NamedTuple):
 class SpoolLocks:
     """Both locks of a spool, as a context manager.
 
-    Raises `Busy("spool")`, `NoDotLock`, or another `OSError`.
+    Raises `Busy("spool")`, `NoDotLock`, `NoFcntlLock`, or another `OSError`.
 
     `fd` is the spool's descriptor, `kinds` those of `KINDS` to use, `write` whether the spool is
     to be written; a descriptor that is open for reading only can hold a read lock only.
@@ -170,6 +175,7 @@ class SpoolLocks:
 
     def __init__(self, fd: int, path: str, kinds: tuple[str, ...], write: bool) -> None:
         self._fd = fd
+        self._path = path
         self._kinds = kinds
         self._type = fcntl.F_WRLCK if write else fcntl.F_RDLCK
         self._locked = False
@@ -187,7 +193,19 @@ class SpoolLocks:
             except BaseException:
                 self._unlock()
                 raise
+        if not self._locked:
+            self._look_anew()
         return self
+
+    def _look_anew(self) -> None:
+        """NFS asks its server at an open and at an fcntl lock; else our facts may be minutes old,
+        and without the mail that was delivered on another machine (nfs(5), "Close-to-open").
+        """
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
+        with suppress(OSError):
+            # To open a device may do something.
+            if stat.S_ISREG(os.lstat(self._path).st_mode):
+                os.close(os.open(self._path, flags))
 
     def __exit__(
         self,
@@ -207,9 +225,14 @@ class SpoolLocks:
         return "dot" not in self._kinds or self._dot.ours()
 
     def _lock(self) -> None:
-        if not _lock_file(self._fd, self._type):
+        try:
+            self._locked = _lock_file(self._fd, self._type)
+        except OSError as error:
+            if error.errno in _NO_FCNTL:
+                raise NoFcntlLock(error.errno, error.strerror) from error
+            raise
+        if not self._locked:
             raise Busy("spool")
-        self._locked = True
 
     def _unlock(self) -> None:
         if self._locked:

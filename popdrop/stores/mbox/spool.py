@@ -77,7 +77,10 @@ class Spool:
         """Whether this is still the file that a deliverer would find, and under one name only."""
         try:
             there, here = os.lstat(self.path), self.stat()
-        except FileNotFoundError:
+        except OSError as error:
+            # ESTALE: removed on another machine (NFS).
+            if error.errno not in (errno.ENOENT, errno.ESTALE):
+                raise
             return False
         return (there.st_dev, there.st_ino, there.st_nlink) == (here.st_dev, here.st_ino, 1)
 
