@@ -335,6 +335,7 @@ class Popdrop(Service):
             kinds = ", ".join(sorted(factories)) or "none: is Popdrop installed?"
             raise ConfigError(f"--store {text}: no such kind; known are: {kinds}")
         store = factory.make(self._reactor, self.state_dir, *spec.args, **spec.kwargs)
+        self._store_folders = getattr(store, "folders", ())
         if IBlockingStore.providedBy(store):
             self._tidy = store.tidy
             return InThreads(
@@ -448,6 +449,7 @@ class Popdrop(Service):
         self._session_log.hand_over(uid, group)
         made = [self.state_dir] if self._made_state_dir or self._is_all_ours() else []
         made.append(os.path.join(self.state_dir, certs.SELF_MADE))
+        made += [path for path, is_new in self._store_folders if is_new]
         for database in self._databases:
             if os.path.dirname(database.path) == os.path.realpath(self.state_dir):
                 made += [database.path + ending for ending in ENDINGS]
@@ -458,10 +460,24 @@ class Popdrop(Service):
             except FileNotFoundError:
                 continue
         self._check_folder(uid)
+        for path, _ in self._store_folders:
+            owner = os.lstat(path).st_uid
+            if owner != uid:
+                raise StartError(
+                    f"popdrop: journal-dir={path}: belongs to uid {owner}; chown {uid} {path}"
+                )
 
     def _is_all_ours(self) -> bool:
         """Whether the state folder holds nothing but what Popdrop and `popdrop user` make."""
-        names = {certs.SELF_MADE, "locks", "journal", "journal.key", "fsck"}
+        names = {
+            certs.SELF_MADE,
+            "locks",
+            "journal",
+            "journal.key",
+            "journal.folders",
+            "fsck",
+            "index",
+        }
         names |= {os.path.basename(each.path) + e for each in self._databases for e in ENDINGS}
         return set(os.listdir(self.state_dir)) <= names
 

@@ -1006,6 +1006,83 @@ class AnotherSpoolTests(RealCase):
         self.orphaned(b"other\n" + self.OLD[35:])
 
 
+class FolderTests(RealCase):
+    """`journal-dir=`: a folder between that of the spool and the state folder's own."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.given = os.path.join(self.folder, "given")
+        os.mkdir(self.given, 0o700)
+        # A folder at the new journal's name has the same effect as a full disk.
+        os.mkdir(self.path + ".new")
+
+    def use(self, folder: str = "", former: tuple[str, ...] = ()) -> None:
+        self.journals = Journals(self.state, self.files, folder, former)
+        self.journal = self.journals.of(self.spool)
+
+    def break_off_in(self, folder: str) -> None:
+        """Committed, its journal in that folder, the spool not cut off yet."""
+        self.journals.key()
+        self.files.fault = Fault(
+            lambda name, fd: Killed() if name == "ftruncate" and self.lies_in(folder) else None
+        )
+        self.assertRaises(Killed, self.update)
+        self.files.fault = Fault()
+        self.assertEqual(len(self.read()), len(self.OLD))
+
+    def lies_in(self, folder: str) -> bool:
+        try:
+            return any(name.endswith(".popdrop") for name in os.listdir(folder))
+        except FileNotFoundError:
+            return False
+
+    def test_given_first(self) -> None:
+        self.use(self.given)
+        self.break_off_in(self.given)
+        self.assertFalse(self.lies_in(self.journals.folder))
+        self.assertTrue(self.journal.pending())
+        self.assertEqual([each.outcome for each in self.recover()], [Outcome.FINISHED])
+        self.assertEqual((self.read(), os.listdir(self.given)), (self.NEW, []))
+
+    def test_state_folder_last(self) -> None:
+        """Where the given one is missing a level above, is no folder, or lets others in."""
+        missing = os.path.join(self.folder, "no", "such")
+        file = os.path.join(self.folder, "file")
+        self.put_at(file)
+        link = os.path.join(self.folder, "link")
+        os.symlink(self.given, link)
+        shared = os.path.join(self.folder, "shared")
+        os.mkdir(shared)
+        os.chmod(shared, 0o770)
+        for folder in (missing, file, link, shared):
+            self.write(self.OLD)
+            self.use(folder)
+            self.break_off_in(self.journals.folder)
+            self.assertEqual([each.outcome for each in self.recover()], [Outcome.FINISHED], folder)
+        self.assertEqual((os.listdir(self.given), os.listdir(shared)), ([], []))
+
+    def put_at(self, path: str) -> None:
+        with open(path, "wb") as file:
+            file.write(b"x")
+
+    def test_former(self) -> None:
+        """What was named once is looked through, and never written to."""
+        self.use(self.given)
+        self.break_off_in(self.given)
+        self.use("", (self.given,))
+        self.assertTrue(self.journal.pending())
+        found = self.journals.leftovers(self.given)
+        self.assertEqual([each.spool for each in found], [self.spool])
+        self.assertEqual([each.outcome for each in self.recover()], [Outcome.FINISHED])
+        self.write(self.OLD)
+        self.break_off_in(self.journals.folder)
+
+    def test_named_twice(self) -> None:
+        self.use(self.given, (self.given, "/old"))
+        self.assertEqual(self.journals.folders, (self.given, self.journals.folder))
+        self.assertEqual(self.journals.former, ("/old",))
+
+
 class KeyTests(RealCase):
     def test_made_once(self) -> None:
         path = self.journals.key_path
@@ -1034,6 +1111,33 @@ class KeyTests(RealCase):
 
         self.files.fault = Fault(at)
         self.assertEqual(self.journals.key().reveal(), theirs)
+        self.assertEqual(os.listdir(self.state), ["journal.key"])
+
+    def test_swept(self) -> None:
+        """What was made and not used is removed once there is a key, and nothing else."""
+        unused = self.journals.key_path + ".0123456789abcdef"
+        kept = ["journal.key", "journal.key.0123456789ABCDEF", "journal.key.bak"]
+        for name in [unused, *(os.path.join(self.state, name) for name in kept[1:])]:
+            with open(name, "wb") as file:
+                file.write(b"x" * KEY_OCTETS)
+        self.journals.sweep()
+        self.assertTrue(os.path.exists(unused))
+        self.journals.key()
+        self.journals.sweep()
+        self.assertEqual(sorted(os.listdir(self.state)), kept)
+
+    def test_swept_while_it_is_made(self) -> None:
+        """Another process makes the key and sweeps between our look and our link."""
+
+        def at(name: str, _: int) -> None:
+            if name == "fsync" and not os.path.exists(self.journals.key_path):
+                other = Journals(self.state)
+                other.key()
+                other.sweep()
+
+        self.files.fault = Fault(at)
+        key = self.journals.key().reveal()
+        self.assertEqual(self.read(self.journals.key_path), key)
         self.assertEqual(os.listdir(self.state), ["journal.key"])
 
     def refused(self) -> None:

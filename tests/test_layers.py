@@ -35,6 +35,7 @@ _TABLE = """
 3   stores.mbox.kinds
 2   credentials wire spec accounts.sqlitefile accounts.schema
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
+2   stores.mbox.folders
 1   interfaces accounts.secrets stores.mbox.scan stores.mbox.findings
 0   stores.uidl stores.mbox.spans
 0   errors listing values places

@@ -1083,6 +1083,7 @@ class FactoryTests(SynchronousTestCase):
         self.assertEqual((store.max_messages, store.max_octets), (0, 0))
 
     def test_all(self) -> None:
+        journals = os.path.abspath(self.mktemp())
         store = self.make(
             "/var/mail/{user}",
             **{
@@ -1092,12 +1093,16 @@ class FactoryTests(SynchronousTestCase):
                 "owner": "root",
                 "max-messages": "5",
                 "max-octets": "700",
+                "journal-dir": journals,
             },
         )
         self.assertEqual(
             (store.form.name, store.locks, store.strip), ("mboxo", ("dot",), frozenset())
         )
         self.assertEqual((store.max_messages, store.max_octets), (5, 700))
+        self.assertEqual(store.journals.folders[0], journals)
+        self.assertEqual(store.folders, ((journals, True),))
+        self.assertEqual(stat.S_IMODE(os.stat(journals).st_mode), 0o700)
 
     def test_the_order_of_locks_is_ours(self) -> None:
         self.assertEqual(self.make("/v/{user}", locks="dot,fcntl").locks, ("fcntl", "dot"))
@@ -1121,6 +1126,7 @@ class FactoryTests(SynchronousTestCase):
             (("/a/{user}",), {"owner": "no such one"}, "owner=no such one"),
             (("/a/{user}",), {"max-messages": "-1"}, "max-messages=-1: must be a number"),
             (("/a/{user}",), {"max-octets": "1e9"}, "max-octets=1e9: must be a number"),
+            (("/a/{user}",), {"journal-dir": "j"}, "journal-dir=j: must be a full path"),
             (("/a/{nobody}",), {}, "{nobody}"),
         ):
             error = self.assertRaises(ConfigError, self.make, *args, **kwargs)

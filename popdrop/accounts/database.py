@@ -44,6 +44,8 @@ _ENTRIES: Final = (
 
 _NOT_OURS: Final = ("unable to open database file", "attempt to write a readonly database")
 """What SQLite says about files that we have no rights to."""
+_NO_SPACE: Final = ("disk I/O error", "database or disk is full")
+"""What it says on a full disk: the first already when it is opened."""
 
 
 class Refused(Exception):
@@ -384,4 +386,6 @@ def _reason(error: Exception) -> str:
     text = text or str(error)
     if isinstance(error, PermissionError) or text in _NOT_OURS:
         text += "; the file's owner or root can"
+    if text in _NO_SPACE:
+        text += "; look whether its disk is full"
     return text

@@ -32,7 +32,7 @@ class StateOwner(Files):
 
 
 class Neighbours:
-    """What is in the folders of spools, and in the one for journals that had no place there."""
+    """What is in the folders of spools, and in those for journals that had no place there."""
 
     def __init__(self, journals: Journals) -> None:
         self._journals = journals
@@ -56,7 +56,7 @@ class Neighbours:
         """Journals of the spool that were kept aside."""
         folder = os.path.dirname(path)
         found: list[str] = []
-        for each in (folder, self._journals.folder):
+        for each in (folder, *self._journals.elsewhere):
             if each not in self._orphans:
                 known: dict[str, list[str]] = defaultdict(list)
                 for leftover in self._leftovers(each):
@@ -68,20 +68,21 @@ class Neighbours:
         return found
 
     def other_paths(self, path: str) -> list[str]:
-        """Other paths of the same spool under which there are journals in the second folder."""
+        """Other paths of the same spool under which there are journals in other folders."""
         if self._elsewhere is None:
             self._elsewhere = defaultdict(list)
-            for leftover in self._leftovers(self._journals.folder):
-                if leftover.spool is not None:
-                    with suppress(OSError):
-                        self._elsewhere[identity(leftover.spool)].append(leftover.spool)
+            for folder in self._journals.elsewhere:
+                for leftover in self._leftovers(folder):
+                    if leftover.spool is not None:
+                        with suppress(OSError):
+                            self._elsewhere[identity(leftover.spool)].append(leftover.spool)
         with suppress(OSError):
             return sorted(set(self._elsewhere.get(identity(path), ())) - {path})
         return []
 
     def _leftovers(self, folder: str) -> list[Leftover]:
         # To tell whose they are needs the key, and to ask for it would make it.
-        if folder == self._journals.folder and not os.path.lexists(self._journals.key_path):
+        if folder in self._journals.elsewhere and not os.path.lexists(self._journals.key_path):
             return []
         return self._journals.leftovers(folder)
 

@@ -22,10 +22,11 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from popdrop.errors import Busy, PermanentFailure, PopdropError
+from popdrop.errors import Busy, ConfigError, PermanentFailure, PopdropError
 from popdrop.stores.mbox.beside import Neighbours, StateOwner, look_at_rights, look_beside
 from popdrop.stores.mbox.check import Content, examine
 from popdrop.stores.mbox.findings import Finding, Severity, Watch, unwatched
+from popdrop.stores.mbox.folders import former
 from popdrop.stores.mbox.index import Damaged, Index, Indexes
 from popdrop.stores.mbox.journal import Files, Journals, Recovered
 from popdrop.stores.mbox.keepsake import Keepsake
@@ -99,7 +100,10 @@ class Fsck:
         """Told how the work on big files goes on."""
         self._set = settings
         self._files = files or StateOwner(settings.state_dir)
-        self._journals = Journals(settings.state_dir, self._files)
+        known: tuple[str, ...] = ()
+        with suppress(ConfigError):  # whoever may not read the state folder can mend nothing
+            known = former(settings.state_dir)
+        self._journals = Journals(settings.state_dir, self._files, former=known)
         self._neighbours = Neighbours(self._journals)
 
     # To look

@@ -20,6 +20,7 @@ from __future__ import annotations
 import errno
 import hmac
 import os
+import re
 import stat
 import struct
 from collections.abc import Callable, Iterable, Iterator
@@ -56,6 +57,7 @@ SUFFIX: Final = ".popdrop"
 NEW: Final = ".new"
 ORPHAN: Final = ".orphan-"
 KEY_OCTETS: Final = 32
+_UNUSED_KEY: Final = re.compile(r"\.[0-9a-f]{16}")
 
 _VERSIONED: Final = struct.Struct(">8sI")
 _SUM_OCTETS: Final = 16
@@ -464,18 +466,31 @@ class Journals:
     """All journals of one store, and their key.
 
     `state_dir` is a private folder that exists: the key lies there as `journal.key`, made at the
-    first use, and `journal/` holds journals that cannot be made beside their spools.
+    first use, and `journal/` holds journals that can be made neither beside their spools nor in
+    `folder`, a private folder, where one is given. `former` are folders that were given once:
+    journals are looked for there, too.
     """
 
-    def __init__(self, state_dir: str, files: Files | None = None) -> None:
+    def __init__(
+        self,
+        state_dir: str,
+        files: Files | None = None,
+        folder: str = "",
+        former: tuple[str, ...] = (),
+    ) -> None:
         self._files = files or Files()
         self.folder = os.path.join(state_dir, "journal")
+        self.folders = (*filter(None, [folder]), self.folder)
+        """Where journals are made that cannot be made beside their spools, in order."""
+        self.former = tuple(each for each in former if each not in self.folders)
+        self.elsewhere = self.folders + self.former
+        """Where journals may lie that do not lie beside their spools."""
         self.key_path = os.path.join(state_dir, "journal.key")
         self._key: Secret | None = None
 
     def of(self, spool: str) -> Journal:
         """The journal of the spool at this path, which is resolved (`locks.resolved`)."""
-        return Journal(spool, self.folder, self.key, self._files)
+        return Journal(spool, self.folders, self.key, self._files, self.former)
 
     def key(self) -> Secret:
         """The key, made if there is none. Raises `BadKey`, and `OSError`."""
@@ -527,14 +542,33 @@ class Journals:
         try:
             _write(files, fd, token_bytes(KEY_OCTETS), 0)
             files.fsync(fd)
-            with suppress(FileExistsError):
+            # Not found: another has made the key, and swept.
+            with suppress(FileExistsError, FileNotFoundError):
                 files.link(temporary, self.key_path)
         finally:
             files.close(fd)
-            files.unlink(temporary)
+            with suppress(FileNotFoundError):
+                files.unlink(temporary)
+
+    def sweep(self) -> None:
+        """Remove what those left who were killed while they made the key. Raises `OSError`."""
+        folder, name = os.path.split(self.key_path)
+        if not self._is_there(self.key_path):
+            return  # somebody may be making it
+        for each in self._files.listdir(folder):
+            if _UNUSED_KEY.fullmatch(each.removeprefix(name)):
+                with suppress(FileNotFoundError):
+                    self._files.unlink(os.path.join(folder, each))
+
+    def _is_there(self, path: str) -> bool:
+        try:
+            self._files.lstat(path)
+        except FileNotFoundError:
+            return False
+        return True
 
     def leftovers(self, folder: str) -> list[Leftover]:
-        """The files of journals in a folder: one of spools, or `self.folder`.
+        """The files of journals in a folder: one of spools, or one of `elsewhere`.
 
         An empty list where there is no such folder. Raises `OSError`. To be recovered, a journal
         needs its spool's locks; the file may be gone by then.
@@ -551,7 +585,7 @@ class Journals:
         return found
 
     def _spool_of(self, folder: str, stem: str, path: str) -> str | None:
-        if folder != self.folder:
+        if folder not in self.elsewhere:
             return os.path.join(folder, stem)
         with suppress(OSError, _Damaged, Untrusted, Unsupported, BadKey):
             if not _distrusted(self._files.lstat(path), self._files.geteuid()):
@@ -565,26 +599,30 @@ class Journals:
 
 
 class Journal:
-    """The journal of one spool: `.NAME.popdrop` beside it, or a hash's name in a second folder.
+    """The journal of one spool: `.NAME.popdrop` beside it, or a hash's name in another folder.
 
     Made by `Journals.of`. Everything but `pending` wants both spool locks held, and the session
     lock.
     """
 
     def __init__(
-        self, spool: str, folder: str, key: Callable[[], Secret], files: Files | None = None
+        self,
+        spool: str,
+        folders: tuple[str, ...],
+        key: Callable[[], Secret],
+        files: Files | None = None,
+        former: tuple[str, ...] = (),
     ) -> None:
         self._spool = os.fsencode(spool)
         self._key = key
         self._files = files or Files()
-        self._second = folder
-        self._places = (
-            _Place.of(*os.path.split(spool)),
-            _Place.of(folder, sha256(self._spool).hexdigest()),
-        )
+        name = sha256(self._spool).hexdigest()
+        beside = _Place.of(*os.path.split(spool))
+        self._usable = (beside, *(_Place.of(folder, name) for folder in folders))
+        self._places = (*self._usable, *(_Place.of(folder, name) for folder in former))
 
     def pending(self) -> bool:
-        """Whether there is something for `recover`. Four looks at names, no more."""
+        """Whether there is something for `recover`. Two looks at names for each folder."""
         return any(
             self._exists(path) for place in self._places for path in (place.journal, place.new)
         )
@@ -593,7 +631,7 @@ class Journal:
         try:
             self._files.lstat(path)
         except OSError as error:
-            if error.errno not in (errno.ENOENT, errno.ENAMETOOLONG):
+            if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ENAMETOOLONG):
                 raise
             return False
         return True
@@ -690,14 +728,14 @@ class Journal:
         refresh: Refresh,
         held: Callable[[], bool],
     ) -> tuple[_Record, _Header]:
-        """Up to the commit point, beside the spool or else in the second folder."""
+        """Up to the commit point, beside the spool or else in another folder."""
         sources = [(fd, start, stop) for start, stop in kept]
-        for place in self._places:
+        for number, place in enumerate(self._usable):
             try:
                 if self._blocked():
                     raise FileExistsError(errno.EEXIST, "a journal is there already")
-                if place.folder == self._second:
-                    self._make_second()
+                if number:
+                    self._check_folder(place.folder)
                 record, header = self._prepare(place, fd, first, size, sources, refresh)
                 try:
                     self._check_ready(fd, size, held)
@@ -706,16 +744,25 @@ class Journal:
                     self._undo(record, error)
                     raise
             except OSError as error:
-                if error.errno not in _ELSEWHERE or place is self._places[-1]:
+                last = place is self._usable[-1]
+                if last or (number == 0 and error.errno not in _ELSEWHERE):
                     raise NotCommitted(error.errno, error.strerror, place.journal) from error
             else:
                 return record, header
         raise AssertionError("there is a last place")
 
-    def _make_second(self) -> None:
+    def _check_folder(self, folder: str) -> None:
+        """Make it if need be. Nobody else may put in or take out journals there."""
         with suppress(FileExistsError):
-            self._files.mkdir(self._second, 0o700)
-        _sync_folder(self._files, os.path.dirname(self._second))
+            self._files.mkdir(folder, 0o700)
+        found = self._files.lstat(folder)
+        if (
+            not stat.S_ISDIR(found.st_mode)
+            or found.st_uid != self._files.geteuid()
+            or stat.S_IMODE(found.st_mode) & 0o077
+        ):
+            raise PermissionError(errno.EPERM, "not a private folder of ours", folder)
+        _sync_folder(self._files, os.path.dirname(folder))
 
     def _prepare(
         self,

@@ -18,8 +18,9 @@ from zope.interface import implementer
 from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
 from popdrop.interfaces import IBlockingStore, IStoreFactory
 from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
+from popdrop.stores.mbox.folders import former, private_folder, remember
 from popdrop.stores.mbox.index import Indexes
-from popdrop.stores.mbox.journal import Journal, Journals, Leftover, Recovered
+from popdrop.stores.mbox.journal import BadKey, Journal, Journals, Leftover, Recovered
 from popdrop.stores.mbox.kinds import FORMS, Form
 from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, hold, sweep
 from popdrop.stores.mbox.recent import Recent
@@ -67,7 +68,8 @@ class MboxStore:
     the system account whose spools these are: `None` means the user's own account, and `any` that
     it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
     stored) bound a maildrop, 0 does not. `bare_cr`: `space` sends a CR that ends no line as a
-    blank. Raises `ConfigError`.
+    blank. `journal_dir` is a folder for journals that cannot be made beside their spools; then, or
+    without it, they lie in `state_dir`/journal. Raises `ConfigError`.
     """
 
     def __init__(
@@ -81,6 +83,7 @@ class MboxStore:
         max_messages: int = 0,
         max_octets: int = 0,
         bare_cr: str = "keep",
+        journal_dir: str = "",
     ) -> None:
         if kind not in FORMS:
             raise ConfigError(f"kind={kind}: must be {_or(FORMS)}")
@@ -101,7 +104,10 @@ class MboxStore:
         self.max_octets = max_octets
         self.recent = Recent()
         self.indexes = Indexes(state_dir, f"{kind} {sorted(self.strip)}".encode())
-        self.journals = Journals(state_dir)
+        self.folders = ((journal_dir, private_folder(journal_dir)),) if journal_dir else ()
+        """Folders, besides the state folder, that must be the server's, and whether made now."""
+        self._state_dir = state_dir
+        self.journals = Journals(state_dir, folder=journal_dir, former=former(state_dir))
 
     def open(self, owner: Owner) -> MboxDrop:
         """As `IBlockingStore.open`. Raises `Busy`, `NoSuchOwner` and the two failures."""
@@ -143,9 +149,18 @@ class MboxStore:
         Where all spools lie in one folder; those in home folders wait for a login.
         """
         self.indexes.sweep()
+        self._make_key()
+        for path, _ in self.folders:
+            try:
+                remember(self._state_dir, path)
+            except OSError as error:
+                log.warn(
+                    "journal-dir={path} is not on record, keep the option: {why}",
+                    path=path,
+                    why=error.strerror,
+                )
         folder = os.path.dirname(self._template.text)
-        folders = [self.journals.folder] + ([] if "{" in folder else [folder])
-        for each in folders:
+        for each in list(self.journals.elsewhere) + ([] if "{" in folder else [folder]):
             with suppress(FileNotFoundError):
                 for leftover in self.journals.leftovers(each):
                     self._tidy_one(leftover)
@@ -156,6 +171,20 @@ class MboxStore:
                     log.info(
                         "{count} half-made locks removed from {path}", count=count, path=folder
                     )
+
+    def _make_key(self) -> None:
+        """Now, while there is space: the first deletion may be on a full disk (decision 1)."""
+        try:
+            self.journals.key()
+            self.journals.sweep()
+        except BadKey as error:
+            log.error("no message can be deleted: {detail}", detail=error.detail)
+        except OSError as error:
+            log.error(
+                "no message can be deleted: {path}: {why}",
+                path=self.journals.key_path,
+                why=error.strerror,
+            )
 
     def _tidy_one(self, leftover: Leftover) -> None:
         path = leftover.spool
@@ -208,7 +237,8 @@ class MboxFactory:
         "and auto believe a Content-Length that is true), locks=fcntl,dot, strip-headers=yes|no "
         "(Status and the like are not sent), owner=NAME|any (default: the user), "
         "bare-cr=keep|space (what a CR that ends no line is sent as), "
-        "max-messages=N, max-octets=N (0, the default: no limit)."
+        "max-messages=N, max-octets=N (0, the default: no limit), journal-dir=FOLDER (for journals "
+        "that find no space beside the spool)."
     )
     keywords: Final = (
         "kind",
@@ -218,6 +248,7 @@ class MboxFactory:
         "bare-cr",
         "max-messages",
         "max-octets",
+        "journal-dir",
     )
 
     def make(self, reactor: object, state_dir: str, *args: str, **kwargs: str) -> MboxStore:
@@ -241,6 +272,7 @@ class MboxFactory:
             max_messages=_count("max-messages", kwargs),
             max_octets=_count("max-octets", kwargs),
             bare_cr=kwargs.get("bare-cr", "keep"),
+            journal_dir=kwargs.get("journal-dir", ""),
         )
 
 
