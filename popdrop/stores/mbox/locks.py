@@ -348,7 +348,9 @@ class DotLock:
 
     def _sign(self, fd: int) -> None:
         try:
-            os.write(fd, _signatures()[0])
+            whose = _signatures()[0]
+            if os.write(fd, whose) < len(whose):
+                os.ftruncate(fd, 0)  # half a PID is another's
         except OSError as error:
             # A lock without a PID holds for five minutes, and on a full disk mail must still
             # be deletable.
