@@ -67,8 +67,16 @@ class Folder:
 class Twistd:
     """`twistd -n popdrop` with ports of the kernel's choice."""
 
-    def __init__(self, case: object, folder: Folder, *options: str, listen: tuple[str, ...] = ()):
+    def __init__(
+        self,
+        case: object,
+        folder: Folder,
+        *options: str,
+        listen: tuple[str, ...] = (),
+        preload: Path | None = None,
+    ):
         self.folder = folder
+        more = {} if preload is None else {"LD_PRELOAD": str(preload)}
         listeners = listen or ("tcp:0:interface=127.0.0.1",)
         arguments = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
         arguments += ["-n", "--pidfile", "", "popdrop", "--state-dir", str(folder.state)]
@@ -83,7 +91,7 @@ class Twistd:
         self.process = subprocess.Popen(
             [*arguments, *options],
             cwd=folder.path,
-            env=environment(folder.path),
+            env=environment(folder.path) | more,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
