@@ -6,7 +6,9 @@ import shutil
 import sqlite3
 import threading
 from collections.abc import Callable
+from typing import Any
 
+from twisted.python.monkey import MonkeyPatcher
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
@@ -14,6 +16,7 @@ from popdrop.accounts import database as module
 from popdrop.accounts import sqlitefile
 from popdrop.accounts.database import AccountsDatabase, Refused, SystemFacts
 from popdrop.accounts.secrets import Hasher, load_key
+from popdrop.accounts.sqlitefile import SqliteFile
 from popdrop.errors import ConfigError, TemporaryFailure
 from popdrop.interfaces import IAccounts
 from popdrop.values import Account, Secret
@@ -652,6 +655,37 @@ class ThreadTests(DatabaseCase):
             thread.join()
         self.assertEqual(troubles, [])
         self.assertTrue(all(b"59" in mine for mine in seen))
+
+    def test_another_makes_the_tables_at_any_moment(self) -> None:
+        """Between any two statements of one that finds the file still empty."""
+        real = sqlite3.connect
+        for moment in range(12):
+            with self.subTest(moment=moment):
+                path = os.path.join(self.mktemp(), "accounts.db")
+                SqliteFile(path).create()
+                statements: list[str] = []
+
+                class Late(sqlite3.Connection):
+                    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
+                        statements.append(sql)  # noqa: B023
+                        if len(statements) == moment + 1:  # noqa: B023
+                            racing.restore()  # noqa: B023
+                            with SqliteFile(path).use():  # noqa: B023
+                                pass
+                        return super().execute(sql, *parameters)
+
+                racing = MonkeyPatcher(
+                    (sqlite3, "connect", lambda *a, **k: real(*a, **k, factory=Late))
+                )
+                racing.patch()
+                self.addCleanup(racing.restore)
+                with SqliteFile(path).use() as opened:
+                    found = opened.connection.execute("SELECT name FROM meta").fetchall()
+                self.assertEqual(found, [("id",)])
+                self.assertGreater(len(statements), moment)
+                if statements[moment] == "BEGIN IMMEDIATE":
+                    break  # from here on nobody else can
+        self.assertGreater(moment, 6)
 
     def test_two_make_it_at_once(self) -> None:
         barrier = threading.Barrier(4)

@@ -213,10 +213,12 @@ class SqliteFile:
             connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
 
     def _steps_done(self, connection: sqlite3.Connection) -> int:
-        done: int = connection.execute("PRAGMA user_version").fetchone()[0]
+        # In this order, since another process may make the tables and their marks in between.
+        tables = connection.execute("SELECT 1 FROM sqlite_master").fetchone()
         ours = connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID
-        if not ours and connection.execute("SELECT 1 FROM sqlite_master").fetchone():
+        if tables and not ours:
             raise ConfigError(f"{self.path}: not an accounts database of Popdrop")
+        done: int = connection.execute("PRAGMA user_version").fetchone()[0]
         if done > len(_MIGRATIONS):
             raise ConfigError(
                 f"{self.path}: made by a newer Popdrop (schema {done}, this one knows"
