@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import unicodedata
+from functools import lru_cache
 from hashlib import blake2b
 from typing import final
 
@@ -27,6 +28,7 @@ _RESERVED_ENDINGS = (".lock", ".pop", ".popdrop")
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
 
+@lru_cache(maxsize=4096)  # asked twice at each login
 def acceptable_name(name: bytes) -> bool:
     """Whether `name` may become part of a path or a log line (decision 26).
 

@@ -37,10 +37,15 @@ class Template:
         if text.endswith("/") or {".", ".."} & set(text.split("/")):
             raise ConfigError(f"path {text}: must be a plain path to a file or folder, without ..")
         self.text = text
+        # What is between the fields, and the fields: even and odd ones.
+        self._pieces = _FIELD.split(text)
 
     def path(self, owner: Owner) -> str:
         """The owner's path. Raises `NoSuchOwner` where a field cannot be filled safely."""
-        return _FIELD.sub(lambda field: self._value(field[1], owner), self.text)
+        pieces = self._pieces.copy()
+        for index in range(1, len(pieces), 2):
+            pieces[index] = self._value(pieces[index], owner)
+        return "".join(pieces)
 
     def _value(self, name: str, owner: Owner) -> str:
         if name == "home":

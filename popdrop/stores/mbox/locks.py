@@ -18,6 +18,7 @@ import struct
 import threading
 import time
 from contextlib import suppress
+from functools import lru_cache
 from hashlib import sha256
 from secrets import token_hex
 from types import TracebackType
@@ -84,9 +85,17 @@ def identity(path: str) -> bytes:
 
     Raises `OSError` where there is no such folder.
     """
-    folder, name = os.path.split(path)
+    folder, name = _split(path)
     found = os.stat(folder)
     return b"%d:%d/%s" % (found.st_dev, found.st_ino, os.fsencode(name))
+
+
+_split: Final = lru_cache(maxsize=4096)(os.path.split)
+
+
+@lru_cache(maxsize=4096)
+def _name_of(spool: bytes) -> str:
+    return sha256(spool).hexdigest()
 
 
 class SessionLock:
@@ -102,9 +111,9 @@ class SessionLock:
 
     def __init__(self, folder: str, spool: str) -> None:
         """Raises `OSError` where the spool's folder is missing."""
-        self.name = sha256(identity(spool)).hexdigest()
+        self.name = _name_of(identity(spool))
         """A name for all that is kept of this spool in the state folder."""
-        self._path = os.path.join(folder, self.name)
+        self._path = f"{folder}/{self.name}"
         self._fd = -1
 
     def take(self) -> None:
