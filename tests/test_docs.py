@@ -6,6 +6,7 @@ NAME` or `<!-- test: NAME -->`, are run.
 
 from __future__ import annotations
 
+import os
 import queue
 import re
 import shlex
@@ -263,7 +264,12 @@ class CommandLineTests(SynchronousTestCase):
             self.assertIn(parse("--session-log", text).kind, record.KINDS, page)
         store = parse("--store", options["store"].replace("$PWD", "/srv"))
         self.assertEqual(store.kind, "mbox", page)
-        MboxFactory().make(None, "/nowhere", *store.args, **store.kwargs)
+        keywords = dict(store.kwargs)
+        if "journal-dir" in keywords:
+            # It is made, so it must not be the one of the page.
+            self.assertTrue(os.path.isabs(keywords["journal-dir"]), page)
+            keywords["journal-dir"] = os.path.realpath(self.mktemp())
+        MboxFactory().make(None, "/nowhere", *store.args, **keywords)
 
     def test_popdrop(self) -> None:
         seen = 0
