@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
+from functools import lru_cache
+from itertools import accumulate, pairwise
+from struct import Struct
 
 ROWS_PER_BLOCK = 1000
 """Rows of LIST or UIDL made at a time: about 12 to 33 KB, less than one transport buffer."""
+
+
+@lru_cache(maxsize=16)
+def _cutter(width: int, count: int) -> Struct:
+    return Struct(f"{width}s" * count)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,6 +50,18 @@ class Ids:
         """All but those of messages `rows` (0-based)."""
         gone = frozenset(rows)
         return Ids.of([each for index, each in enumerate(self) if index not in gone])
+
+    def some(self, start: int, stop: int) -> Sequence[bytes]:
+        """The ids of messages `start` to `stop` (0-based, without `stop`)."""
+        ends = self.ends[start:stop]
+        begin = self.ends[start - 1] if start else 0
+        if not ends:
+            return ()
+        width = ends[0] - begin
+        # Most ids are of one length: cut all at once, that is a third less work for UIDL.
+        if width and ends == array("I", range(begin + width, begin + width * len(ends) + 1, width)):
+            return _cutter(width, len(ends)).unpack_from(self.text, begin)
+        return [self.text[i:k] for i, k in pairwise((begin, *ends))]
 
     def row(self, index: int) -> bytes:
         """The id of message `index` (0-based)."""
@@ -127,13 +146,10 @@ class Listing:
 
     def uid_rows(self, deleted: Collection[int]) -> Iterator[bytes]:
         """UIDL's unique-id listings, as `size_rows`."""
-        text, ends = self.ids.text, self.ids.ends
-        begin = 0
         for start in range(0, self._count, ROWS_PER_BLOCK):
-            block = ends[start : start + ROWS_PER_BLOCK]
-            rows = []
-            for number, end in enumerate(block, start + 1):
-                if not deleted or number - 1 not in deleted:
-                    rows.append(b"%d %s\r\n" % (number, text[begin:end]))
-                begin = end
-            yield b"".join(rows)
+            ids = self.ids.some(start, min(start + ROWS_PER_BLOCK, self._count))
+            rows = enumerate(ids, start + 1)
+            if deleted:
+                yield b"".join([b"%d %b\r\n" % row for row in rows if row[0] - 1 not in deleted])
+            else:
+                yield b"".join([b"%d %b\r\n" % row for row in rows])
