@@ -31,6 +31,7 @@ from popdrop.stores.mbox.journal import (
     Leftover,
     NotCommitted,
     Outcome,
+    Piece,
     Range,
     Refresh,
     Unfinished,
@@ -60,6 +61,9 @@ EXAMPLE = Case(OLD, 1200, ((2100, 3600),))
 
 TAIL = Case(OLD, 1200, ())
 
+PUT_IN = Case(OLD, 1200, ((2100, 2103), b"new\n" * 9, (2103, 3600)))
+"""The same as `EXAMPLE`, and octets put in behind the first of what is kept."""
+
 # Strategies
 
 
@@ -80,7 +84,11 @@ def updates(draw: st.DrawFn) -> Case:
         ranges = ()
     if first == len(spool):
         first = 0
-    return Case(spool, first, ranges, full=draw(st.booleans()))
+    kept: list[Piece] = list(ranges)
+    room = len(spool) - first - sum(stop - start for start, stop in ranges) - 1
+    if room > 0 and draw(st.booleans()):
+        kept.insert(draw(st.integers(0, len(kept))), draw(octets)[:room])
+    return Case(spool, first, tuple(kept), full=draw(st.booleans()))
 
 
 kills = st.lists(st.tuples(st.integers(0, 24), st.booleans(), st.booleans()), max_size=3)
@@ -109,7 +117,7 @@ class KillTests(SynchronousTestCase):
         check(disk, case, how, arrived)
 
     def test_without_a_fault(self) -> None:
-        for case in (EXAMPLE, TAIL, Case(OLD, 0, ()), Case(OLD, 0, ((1200, 2100),))):
+        for case in (EXAMPLE, PUT_IN, TAIL, Case(OLD, 0, ()), Case(OLD, 0, ((1200, 2100),))):
             disk = case.disk()
             self.assertEqual(run(disk, lambda d=disk, c=case: update(d, c), Fault()), "done")
             self.assertEqual(disk.get(SPOOL), case.result)
@@ -193,7 +201,7 @@ class ErrorTests(SynchronousTestCase):
 
     def test_update(self) -> None:
         seen: Counter[str] = Counter()
-        for case in (EXAMPLE, TAIL, Case(OLD, 0, ())):
+        for case in (EXAMPLE, PUT_IN, TAIL, Case(OLD, 0, ())):
             for code in self.ERRNOS:
                 for forever in (False, True):
                     for number in count():
@@ -353,6 +361,8 @@ class ErrorTests(SynchronousTestCase):
             (1200, [(1300, 1300)]),
             (1200, [(size - 1, size + 1)]),
             (size, []),
+            (1200, [b"x" * (size - 1200)]),
+            (1200, [(1300, size), b"x" * 100]),
         ):
             self.assertRaises(ValueError, journal_of(disk).replace_tail, 3, first, kept, size)
 

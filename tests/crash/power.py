@@ -17,6 +17,7 @@ from collections import Counter
 from collections.abc import Iterator
 from itertools import count
 
+from popdrop.stores.mbox.journal import Piece
 from tests.crash.disk import Disk, choices
 from tests.crash.scenario import (
     SPOOL,
@@ -125,10 +126,15 @@ def cases(seed: int, number: int) -> Iterator[Case]:
             ranges.append((rest[-1], size))
         if sum(b - a for a, b in ranges) == size - first:
             ranges = []
+        kept: list[Piece] = list(ranges)
+        room = size - first - sum(b - a for a, b in ranges) - 1
+        if room > 0 and draw.randrange(2):
+            put_in = bytes(draw.randrange(255) for _ in range(draw.randint(1, min(room, 700))))
+            kept.insert(draw.randint(0, len(kept)), put_in)
         yield Case(
             spool,
             first,
-            tuple(ranges),
+            tuple(kept),
             tear=draw.choice([512, 4096]),
             block=draw.choice([512, 4096, 65536]),
             full=draw.randrange(6) == 0,

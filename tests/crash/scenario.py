@@ -13,6 +13,7 @@ from popdrop.stores.mbox.journal import (
     Kept,
     NotCommitted,
     Outcome,
+    Piece,
     Range,
     Recovered,
     Refresh,
@@ -48,11 +49,11 @@ class Marked:
 
 @dataclass(frozen=True)
 class Case:
-    """An update: `kept` are ranges of `spool` that move to `first`."""
+    """An update: `kept` are ranges of `spool` that move to `first`, and octets put in there."""
 
     spool: bytes
     first: int
-    kept: tuple[Range, ...]
+    kept: tuple[Piece, ...]
     tear: int = 512
     block: int = 4096
     full: bool = False
@@ -62,7 +63,9 @@ class Case:
 
     @property
     def result(self) -> bytes:
-        return self.spool[: self.first] + b"".join(self.spool[a:b] for a, b in self.kept)
+        return self.spool[: self.first] + b"".join(
+            piece if isinstance(piece, bytes) else self.spool[slice(*piece)] for piece in self.kept
+        )
 
     def disk(self) -> Disk:
         disk = Disk(self.tear, self.block)

@@ -87,6 +87,12 @@ NO_KEY: Final = "maildrop cannot be changed, its journal key is refused"
 Range = tuple[int, int]
 """Offsets of the first octet and of the one behind the last, 0-based."""
 
+Piece = Range | bytes
+"""A range of the spool, or octets that are put in as they are."""
+
+_Source = tuple[int, int, int] | bytes
+"""What P is made of: a range of a descriptor, or octets."""
+
 Refresh = Callable[[], None]
 
 
@@ -228,6 +234,10 @@ def _blocks(files: Files, fd: int, start: int, stop: int, size: int = BLOCK) -> 
             raise OSError(errno.EIO, "file became shorter while it was read")
         yield block
         start += len(block)
+
+
+def _octets(files: Files, source: _Source) -> Iterable[bytes]:
+    return [source] if isinstance(source, bytes) else _blocks(files, *source)
 
 
 def _write(files: Files, fd: int, octets: bytes, offset: int) -> int:
@@ -667,21 +677,24 @@ class Journal:
         self,
         fd: int,
         first: int,
-        kept: Iterable[Range],
+        kept: Iterable[Piece],
         size: int,
         refresh: Refresh = _nothing,
         held: Callable[[], bool] = _always,
     ) -> None:
-        """Replace all from offset `first` by the ranges `kept` of the same file, and sync it.
+        """Replace all from offset `first` by the pieces `kept`, and sync it.
 
-        The ranges lie behind `first`, and are fewer octets than are there. `size` is the file's,
-        in octets. `refresh` is called often; `held` right before the commit: are the locks still
-        ours? Raises `NotCommitted`, `Unfinished`, and `BadKey` (nothing has changed).
+        Ranges among them are of the same file and lie behind `first`; all are fewer octets than
+        are there. `size` is the file's, in octets. `refresh` is called often; `held` right before
+        the commit: are the locks still ours? Raises `NotCommitted`, `Unfinished`, and `BadKey`
+        (nothing has changed).
         """
         kept = list(kept)
-        length = sum(stop - start for start, stop in kept)
-        if length >= size - first or not all(first <= a < b <= size for a, b in kept):
-            raise ValueError("not ranges of a tail that becomes shorter")
+        ranges = [piece for piece in kept if not isinstance(piece, bytes)]
+        length = sum(stop - start for start, stop in ranges)
+        length += sum(len(piece) for piece in kept if isinstance(piece, bytes))
+        if length >= size - first or not all(first <= a < b <= size for a, b in ranges):
+            raise ValueError("not pieces of a tail that becomes shorter")
         record = None
         if kept or first % LARGEST_BLOCK:
             try:
@@ -723,13 +736,15 @@ class Journal:
         self,
         fd: int,
         first: int,
-        kept: list[Range],
+        kept: list[Piece],
         size: int,
         refresh: Refresh,
         held: Callable[[], bool],
     ) -> tuple[_Record, _Header]:
         """Up to the commit point, beside the spool or else in another folder."""
-        sources = [(fd, start, stop) for start, stop in kept]
+        sources: list[_Source] = [
+            piece if isinstance(piece, bytes) else (fd, *piece) for piece in kept
+        ]
         for number, place in enumerate(self._usable):
             try:
                 if self._blocked():
@@ -770,13 +785,10 @@ class Journal:
         fd: int,
         first: int,
         size: int,
-        sources: list[tuple[int, int, int]],
+        sources: list[_Source],
         refresh: Refresh,
     ) -> tuple[_Record, _Header]:
-        """Write a whole journal under its new name, and sync it. On `OSError` it is removed.
-
-        `sources` are descriptors, and ranges of them, that make up P.
-        """
+        """Write a whole journal under its new name, and sync it. On `OSError` it is removed."""
         files, key = self._files, self._key()
         if len(self._spool) > _LONGEST_PATH:
             raise OSError(errno.EINVAL, "path of the spool is too long")
@@ -788,8 +800,8 @@ class Journal:
                 raise OSError(errno.EPERM, "a journal made here would not be trusted")
             kept = sha256()
             end = HEADER
-            for source, start, stop in sources:
-                for block in _blocks(files, source, start, stop):
+            for source in sources:
+                for block in _octets(files, source):
                     kept.update(block)
                     end = _write(files, record.fd, block, end)
                     refresh()
@@ -978,7 +990,8 @@ class Journal:
             record.sync_folder()
             self._redo(record, header, fd, refresh)
             return Recovered(Outcome.FINISHED, path)
-        sources = [(record.fd, HEADER, HEADER + header.length), (fd, header.size, size)]
+        kept: _Source = (record.fd, HEADER, HEADER + header.length)
+        sources = [kept, (fd, header.size, size)]
         new, header = self._prepare(record.place, fd, header.first, size, sources, refresh)
         with new:
             # When it fails here either journal may be the one: the spool was not touched yet.
