@@ -32,11 +32,11 @@ _TABLE = """
 4   accounts.importers accounts.system accounts.checkpassword
 3   sasl policy selfmade config accounts.database
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
-3   stores.mbox.kinds
+3   stores.mbox.kinds stores.mbox.identity
 2   credentials wire spec accounts.sqlitefile accounts.schema
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
-1   interfaces accounts.secrets stores.mbox.scan stores.mbox.findings
+1   interfaces stores.uidlform accounts.secrets stores.mbox.scan stores.mbox.findings
 0   stores.uidl stores.mbox.spans
 0   errors listing values places
 """

@@ -30,6 +30,7 @@ from popdrop.errors import (
 )
 from popdrop.interfaces import IBlockingMaildrop, IStoreFactory
 from popdrop.stores.mbox import drop as drop_module
+from popdrop.stores.mbox import identity as identity_module
 from popdrop.stores.mbox import locks as locks_module
 from popdrop.stores.mbox import spool as spool_module
 from popdrop.stores.mbox.drop import CORRUPT, MboxDrop, plan
@@ -478,13 +479,13 @@ class IdTests(MboxCase):
     def test_changed_while_it_is_hashed(self) -> None:
         self.write(message(1) + message(2))
         drop = self.opened()
-        real = drop._digest
+        real = identity_module.digest_of
 
         def digest(*args: object) -> bytes:
             self.write(message(1) + message(3))
             return real(*args)  # type: ignore[arg-type]
 
-        self.patch(drop, "_digest", digest)
+        self.patch(identity_module, "digest_of", digest)
         self.assertRaises(TemporaryFailure, drop.identify)
 
     def test_busy(self) -> None:

@@ -48,6 +48,11 @@ LONGEST_NAME: Final = 64
 
 DIGEST_OCTETS: Final = 16
 
+HASH_CHARACTERS: Final = 26
+"""Characters of a digest as text."""
+
+_HASH: Final = re.compile(rb"[a-z2-7]{%d}(?:-[1-9][0-9]*)?" % HASH_CHARACTERS)
+
 
 class HeaderCut:
     """Takes the spool headers out of a header that comes in pieces.
@@ -172,24 +177,52 @@ def text_of(digest: bytes) -> bytes:
     return b32encode(digest).rstrip(b"=").lower()
 
 
-def unique_ids(digests: Iterable[bytes]) -> Iterator[bytes]:
-    """The ids of one maildrop in order: the second of two equal messages gets `-2`, and so on."""
-    return more_ids((), digests)
+def is_hash(uid: bytes) -> bool:
+    """Whether an id has the form of those made here, with the number of a copy or without."""
+    return _HASH.fullmatch(uid) is not None
 
 
-def more_ids(known: Iterable[bytes], digests: Iterable[bytes]) -> Iterator[bytes]:
-    """The ids of messages that stand behind those with the ids `known`.
+def hash_in(uid: bytes) -> bytes | None:
+    """The hash in an id, without the number of a copy; `None` for an id that is no hash."""
+    return uid[:HASH_CHARACTERS] if is_hash(uid) else None
 
-    Those keep what they have (decision 14); a new copy takes the first number that is free.
+
+class Taken:
+    """The ids of one maildrop so far. None is given out twice.
+
+    `known` are those of messages before these, which keep what they have (decision 14). `text`
+    may hold all of them: what does not stand there is no copy, and they need not be parted.
     """
-    taken = set(known)
-    copies: dict[bytes, int] = {}
-    for digest in digests:
-        text = unique = text_of(digest)
-        number = copies.get(digest, 1)
-        while unique in taken:
+
+    def __init__(self, known: Iterable[bytes] = (), text: bytes | None = None) -> None:
+        self._known = known
+        self._text = text
+        self._ids: set[bytes] = set()
+        self._parted = False
+        self._copies: dict[bytes, int] = {}
+
+    def take(self, uid: bytes) -> bool:
+        """Take this id; whether it was free."""
+        if not self._parted and (self._text is None or uid in self._text):
+            self._ids.update(self._known)
+            self._parted = True
+        free = uid not in self._ids
+        self._ids.add(uid)
+        return free
+
+    def take_hash(self, digest: bytes) -> bytes:
+        """An id for a digest: the second of two equal messages gets `-2`, and so on.
+
+        A number that an earlier copy has left free may be given again (decision 14).
+        """
+        plain = text_of(digest)
+        number = self._copies.get(plain, 0) + 1
+        while not self.take(uid := plain if number == 1 else b"%s-%d" % (plain, number)):
             number += 1
-            unique = b"%s-%d" % (text, number)
-        copies[digest] = number
-        taken.add(unique)
-        yield unique
+        self._copies[plain] = number
+        return uid
+
+
+def unique_ids(digests: Iterable[bytes]) -> Iterator[bytes]:
+    """The ids of one maildrop in order, where all are hashes."""
+    return map(Taken().take_hash, digests)

@@ -31,15 +31,15 @@ from popdrop.errors import (
 )
 from popdrop.interfaces import IBlockingMaildrop
 from popdrop.listing import Ids, Listing
+from popdrop.stores.mbox.identity import base_in, digest_of, header_of, ids_of
 from popdrop.stores.mbox.index import EAGER, SMALLEST, Damaged, Index, Indexes, Known, tail_of
-from popdrop.stores.mbox.journal import Journals
+from popdrop.stores.mbox.journal import Journals, Piece
 from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form, is_mmdf
 from popdrop.stores.mbox.locks import NoDotLock, NoFcntlLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
 from popdrop.stores.mbox.scan import BLOCK, NotAnMbox
 from popdrop.stores.mbox.spans import FIELDS, QUOTED, REFUSED, Spans
 from popdrop.stores.mbox.spool import (
-    COPY_BLOCK,
     NO_RIGHT,
     Key,
     Spool,
@@ -47,7 +47,8 @@ from popdrop.stores.mbox.spool import (
     key_of,
     shows_changes,
 )
-from popdrop.stores.uidl import more_ids, text_of, unique_ids
+from popdrop.stores.uidl import hash_in, text_of
+from popdrop.stores.uidlform import UidlForm
 from popdrop.values import Source
 
 log = Logger()
@@ -74,7 +75,6 @@ VERIFIED_AT_ONCE: Final = 1 << 20
 """Octets of messages that are compared under the locks when one of them is asked for."""
 
 _NO_FIELDS: Final[frozenset[bytes]] = frozenset()
-_UID_TEXT: Final = 26
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
 _LASTING: Final = NO_RIGHT | {
     errno.ELOOP,
@@ -126,6 +126,7 @@ class Home(Protocol):
     locks: tuple[str, ...]
     strip: frozenset[bytes]
     spaced: bool
+    uidl: UidlForm
     max_messages: int
     max_octets: int
     recent: Recent
@@ -480,9 +481,9 @@ class MboxDrop:
             )
         ):
             return False
-        if not self.listing.identified:
-            return True
-        return self._hash(spans, index, refresh) == self._known_hash(index)
+        # A reused id says nothing of the octets: then the check must do, as without any id.
+        known = hash_in(self._mark(index))
+        return known is None or self._hash(spans, index, refresh) == known
 
     def _may_begin(self, offset: int) -> bool:
         """Whether what is before `offset` lets a message begin there."""
@@ -499,22 +500,18 @@ class MboxDrop:
 
     # Unique-ids
 
-    def _known_hash(self, index: int) -> bytes:
-        """The hash in a message's id, without the number of a copy."""
-        return self.listing.uid(index)[:_UID_TEXT]
+    def _mark(self, index: int) -> bytes:
+        """By what message `index` is known again beside its check: its hash, or its reused id.
+
+        Empty while the ids are not known.
+        """
+        if not self.listing.identified:
+            return b""
+        uid = self.listing.uid(index)
+        return hash_in(uid) or uid
 
     def _hash(self, spans: Spans, index: int, refresh: Refresh) -> bytes:
-        return text_of(self._digest(spans, index, refresh))
-
-    def _digest(self, spans: Spans, index: int, refresh: Refresh) -> bytes:
-        stop = spans.content_end(index)
-
-        def blocks() -> Iterator[bytes]:
-            for block in self._spool.blocks(spans.starts[index], stop, COPY_BLOCK):
-                yield block
-                refresh()
-
-        return self._store.form.digest(blocks())
+        return text_of(digest_of(self._spool, spans, index, self._store.form.digest, refresh))
 
     def identify(self) -> None:
         """As `IBlockingMaildrop.identify`. Raises `TemporaryFailure`, and `Busy`."""
@@ -530,16 +527,10 @@ class MboxDrop:
         first = len(known) if known else 0
         with told(self._spool.path):
             sure = self._believed if first >= self._proven else None
-            digests = self._digests(first) if sure else []
+            ids = self._ids(known) if sure else Ids.of(())
             if not sure or key_of(self._spool.stat()) != sure:
-                digests = self._digests_locked(first)
-        if known is None:
-            ids = Ids.of(unique_ids(digests))
-        else:
-            # Most new mail is no copy of what is there; then none of that need be looked through.
-            copies = any(text_of(digest) in known.text for digest in digests)
-            ids = known.followed_by(Ids.of(more_ids(known if copies else (), digests)))
-        self.listing = self.listing.with_ids(ids)
+                ids = self._ids_locked(known)
+        self.listing = self.listing.with_ids(known.followed_by(ids) if known is not None else ids)
         self._unsaved = True
         self._settle()
         self._keep()
@@ -551,13 +542,14 @@ class MboxDrop:
                 return self._known.ids()
         return None
 
-    def _digests(self, first: int, refresh: Refresh = lambda: None) -> list[bytes]:
-        spans = self._spans
-        return [self._digest(spans, index, refresh) for index in range(first, len(spans))]
+    def _ids(self, known: Ids | None, refresh: Refresh = lambda: None) -> Ids:
+        home = self._store
+        ids = ids_of(self._spool, self._spans, home.uidl, known, home.form.digest, refresh)
+        return Ids.of(ids)
 
-    def _digests_locked(self, first: int) -> list[bytes]:
+    def _ids_locked(self, known: Ids | None) -> Ids:
         """Something was written: unless that was new mail only, ids would be of other octets."""
-        spans = self._spans
+        spans, first = self._spans, len(known) if known else 0
         with self._locked_to_read() as locks:
             found = self._spool.stat()
             start = spans.starts[first] if first else 0
@@ -567,11 +559,11 @@ class MboxDrop:
                 again = Spans()
             if not spans.ends_with(again, first, start):
                 raise TemporaryFailure(CHANGED, f"{self._spool.path}: was rewritten")
-            digests = self._digests(first, locks.refresh)
+            ids = self._ids(known, locks.refresh)
             if not first:
                 self._proven = 0
                 self._remember(found)
-        return digests
+        return ids
 
     # Deleting
 
@@ -606,15 +598,18 @@ class MboxDrop:
         self._check_lengths(spans, rows, [(0, first), *kept], locks.refresh)
         if not locks.held():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
+        pieces = self._keep_base(spans, rows, kept, locks.refresh)
         with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
             self._committed = True
             self._unsaved = False
             self._store.recent.forget(spool.path)
             self._index.forget()
             self._store.journals.of(spool.path).replace_tail(
-                spool.fd, first, kept, found.st_size, locks.refresh, locks.held
+                spool.fd, first, pieces, found.st_size, locks.refresh, locks.held
             )
-        left = self._left_by(spans, rows, end) if end == spans.end else None
+        # A field that was put in has moved what is behind it.
+        moved = len(pieces) > len(kept)
+        left = self._left_by(spans, rows, end) if end == spans.end and not moved else None
         self._set_times(has_new_mail=found.st_size > self._spans.end or self._had_new_mail)
         if left is not None:
             self._left = left._replace(key=key_of(spool.stat()))
@@ -660,11 +655,9 @@ class MboxDrop:
             spans.starts[:count] == old.starts
             and spans.sizes[:count] == old.sizes
             and spans.checks[:count] == old.checks
-            and not (
-                self.listing.identified
-                and any(
-                    self._hash(spans, index, refresh) != self._known_hash(index) for index in rows
-                )
+            and all(
+                hash_in(self._mark(index)) in (None, self._hash(spans, index, refresh))
+                for index in rows
             )
         )
 
@@ -680,30 +673,45 @@ class MboxDrop:
         """The same messages in a spool that was rewritten. Raises `TemporaryFailure`.
 
         By hash where it is known: equal copies are paired in order if there are as many as
-        before. Else by check, and only where that stands for one message before and after.
+        before. By a reused id, or else by check alone, only where that stands for one message
+        before and after.
         """
-        known = self.listing.identified
         old: dict[tuple[int, bytes], list[int]] = defaultdict(list)
         new: dict[tuple[int, bytes], list[int]] = defaultdict(list)
-        keys = [
-            (check, self._known_hash(index) if known else b"")
-            for index, check in enumerate(self._spans.checks)
-        ]
+        keys = [(check, self._mark(index)) for index, check in enumerate(self._spans.checks)]
         for index, key in enumerate(keys):
             old[key].append(index)
-        wanted = {self._spans.checks[index] for index in rows}
+        wanted: dict[int, set[bytes]] = defaultdict(set)
+        for index in rows:
+            check, mark = keys[index]
+            wanted[check].add(mark)
         for index, check in enumerate(spans.checks):
-            if check in wanted:
-                new[check, self._hash(spans, index, refresh) if known else b""].append(index)
+            for mark in self._marks_there(spans, index, wanted.get(check, set()), refresh):
+                new[check, mark].append(index)
         found = []
         for index in rows:
             before, after = old[keys[index]], new[keys[index]]
-            if len(before) != len(after) or (len(before) > 1 and not known):
+            copies = len(before) > 1 and hash_in(keys[index][1]) is None
+            if len(before) != len(after) or copies:
                 raise TemporaryFailure(
                     NOT_DELETED, f"{self._spool.path}: message {index + 1} not found again"
                 )
             found.append(after[before.index(index)])
         return sorted(found)
+
+    def _marks_there(
+        self, spans: Spans, index: int, wanted: set[bytes], refresh: Refresh
+    ) -> set[bytes]:
+        """Which of the marks `wanted` message `index` of a rewritten spool bears."""
+        marks = wanted & {b""}
+        if any(hash_in(mark) for mark in wanted):
+            marks |= wanted & {self._hash(spans, index, refresh)}
+        if any(mark and not hash_in(mark) for mark in wanted):
+            form = self._store.uidl
+            header = header_of(self._spool, spans, index, refresh)
+            base = base_in(self._spool, spans, refresh) if form.wants_base else None
+            marks |= wanted & {form.reused(header, base) or b""} - {b""}
+        return marks
 
     def _check_seams(self, first: int, kept: list[tuple[int, int]], refresh: Refresh) -> None:
         """What is kept and what is not begin as messages do. Raises `TemporaryFailure`."""
@@ -735,6 +743,26 @@ class MboxDrop:
                     f"{self._spool.path}: a Content-Length that is not true would join messages "
                     "if others were deleted; say kind=mboxo, or remove that field",
                 )
+
+    def _keep_base(
+        self, spans: Spans, rows: list[int], kept: list[tuple[int, int]], refresh: Refresh
+    ) -> list[Piece]:
+        """`kept`, and the base of the UIDs where it would go with the file's first message.
+
+        Other messages' ids are made of it, so it goes to the first one that stays, as Dovecot and
+        c-client do. It takes no more octets than the message that held it leaves free.
+        """
+        pieces: list[Piece] = list(kept)
+        if not self._store.uidl.wants_base or spans.hidden or rows[0] or len(rows) == len(spans):
+            return pieces
+        base = base_in(self._spool, spans, refresh)
+        start, stop = kept[0]
+        place = spans.offset(next(index for index in range(len(spans)) if index not in rows))
+        # A folded line there, without a field before it, would become part of the base's field.
+        if base and self._spool.read(place, place + 1) not in (b" ", b"\t"):
+            rest = [(place, stop)] if place < stop else []
+            pieces[:1] = [(start, place), base.field, *rest]
+        return pieces
 
     def _set_times(self, has_new_mail: bool) -> None:
         """Keep "you have new mail" as true as it was: it is when atime is before mtime.

@@ -28,6 +28,7 @@ from popdrop.stores.mbox.recovery import MboxForm
 from popdrop.stores.mbox.spool import Spool, key_of, open_spool
 from popdrop.stores.template import Template
 from popdrop.stores.uidl import STRIPPED
+from popdrop.stores.uidlform import HASH_ONLY, UidlForm
 from popdrop.values import Owner
 
 log = Logger()
@@ -69,7 +70,8 @@ class MboxStore:
     it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
     stored) bound a maildrop, 0 does not. `bare_cr`: `space` sends a CR that ends no line as a
     blank. `journal_dir` is a folder for journals that cannot be made beside their spools; then, or
-    without it, they lie in `state_dir`/journal. Raises `ConfigError`.
+    without it, they lie in `state_dir`/journal. `uidl` is that of `UidlForm`. Raises
+    `ConfigError`.
     """
 
     def __init__(
@@ -84,6 +86,7 @@ class MboxStore:
         max_octets: int = 0,
         bare_cr: str = "keep",
         journal_dir: str = "",
+        uidl: str = HASH_ONLY,
     ) -> None:
         if kind not in FORMS:
             raise ConfigError(f"kind={kind}: must be {_or(FORMS)}")
@@ -96,6 +99,7 @@ class MboxStore:
         self._owner_uid = None if owner in (None, "any") else _uid_of(str(owner))
         self.form = FORMS[kind]
         self.locks: tuple[str, ...] = tuple(name for name in KINDS if name in chosen)
+        self.uidl = UidlForm(uidl)
         self.strip = STRIPPED if strip_headers else frozenset()
         if bare_cr not in ("keep", "space"):
             raise ConfigError(f"bare-cr={bare_cr}: must be keep or space")
@@ -103,7 +107,8 @@ class MboxStore:
         self.max_messages = max_messages
         self.max_octets = max_octets
         self.recent = Recent()
-        self.indexes = Indexes(state_dir, f"{kind} {sorted(self.strip)}".encode())
+        form = f"{kind} {sorted(self.strip)} {self.uidl.text}"
+        self.indexes = Indexes(state_dir, form.encode())
         self.folders = ((journal_dir, private_folder(journal_dir)),) if journal_dir else ()
         """Folders, besides the state folder, that must be the server's, and whether made now."""
         self._state_dir = state_dir
@@ -237,6 +242,7 @@ class MboxFactory:
         "and auto believe a Content-Length that is true), locks=fcntl,dot, strip-headers=yes|no "
         "(Status and the like are not sent), owner=NAME|any (default: the user), "
         "bare-cr=keep|space (what a CR that ends no line is sent as), "
+        "uidl=x-uidl|x-uid|hash (unique-ids of the old server, in header fields), "
         "max-messages=N, max-octets=N (0, the default: no limit), journal-dir=FOLDER (for journals "
         "that find no space beside the spool)."
     )
@@ -246,6 +252,7 @@ class MboxFactory:
         "strip-headers",
         "owner",
         "bare-cr",
+        "uidl",
         "max-messages",
         "max-octets",
         "journal-dir",
@@ -269,6 +276,7 @@ class MboxFactory:
             locks=kwargs.get("locks", "fcntl,dot"),
             strip_headers=strip == "yes",
             owner=kwargs.get("owner"),
+            uidl=kwargs.get("uidl", HASH_ONLY),
             max_messages=_count("max-messages", kwargs),
             max_octets=_count("max-octets", kwargs),
             bare_cr=kwargs.get("bare-cr", "keep"),
