@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import errno
 import os
+import random
 import re
 import stat
 import struct
+import sys
 from collections import Counter
 from collections.abc import Callable
-from itertools import count
+from itertools import count, product
 from typing import Any
 
 from hypothesis import given, settings
@@ -64,12 +66,18 @@ TAIL = Case(OLD, 1200, ())
 PUT_IN = Case(OLD, 1200, ((2100, 2103), b"new\n" * 9, (2103, 3600)))
 """The same as `EXAMPLE`, and octets put in behind the first of what is kept."""
 
+GROWING = Case(OLD, 1200, ((1200, 2100), b"new\n" * 9, (2100, 4350)))
+"""Nothing is deleted, octets are put in: the spool grows by 36."""
+
+SWAPPED = Case(OLD, 1200, ((2100, 4350), (1200, 2100)))
+"""The spool keeps its size."""
+
 # Strategies
 
 
 @st.composite
 def updates(draw: st.DrawFn) -> Case:
-    """Any octets but those that new mail begins with, and any ranges of a tail."""
+    """Any octets but those that new mail begins with, any ranges of a tail, octets put in."""
     octets = st.binary(min_size=1, max_size=60).map(lambda octets: octets.replace(b"\xff", b"\0"))
     spool = b"".join(
         piece * times
@@ -85,9 +93,9 @@ def updates(draw: st.DrawFn) -> Case:
     if first == len(spool):
         first = 0
     kept: list[Piece] = list(ranges)
-    room = len(spool) - first - sum(stop - start for start, stop in ranges) - 1
-    if room > 0 and draw(st.booleans()):
-        kept.insert(draw(st.integers(0, len(kept))), draw(octets)[:room])
+    if draw(st.booleans()):
+        put_in = draw(octets) * draw(st.sampled_from([1, 1, 20, 200]))
+        kept.insert(draw(st.integers(0, len(kept))), put_in)
     return Case(spool, first, tuple(kept), full=draw(st.booleans()))
 
 
@@ -117,7 +125,9 @@ class KillTests(SynchronousTestCase):
         check(disk, case, how, arrived)
 
     def test_without_a_fault(self) -> None:
-        for case in (EXAMPLE, PUT_IN, TAIL, Case(OLD, 0, ()), Case(OLD, 0, ((1200, 2100),))):
+        whole = Case(OLD, 0, ((0, len(OLD)), b"new\n" * 3000))
+        others = (Case(OLD, 0, ()), Case(OLD, 0, ((1200, 2100),)), whole)
+        for case in (EXAMPLE, PUT_IN, TAIL, GROWING, SWAPPED, *others):
             disk = case.disk()
             self.assertEqual(run(disk, lambda d=disk, c=case: update(d, c), Fault()), "done")
             self.assertEqual(disk.get(SPOOL), case.result)
@@ -193,7 +203,7 @@ class ErrorTests(SynchronousTestCase):
         fd = disk.descriptor(SPOOL)
         how = run(
             disk,
-            lambda: journal_of(disk).replace_tail(fd, case.first, case.kept, len(case.spool)),
+            lambda: update(disk, case, fd),
             fault,
         )
         self.assertNotEqual(how, "killed")
@@ -201,7 +211,7 @@ class ErrorTests(SynchronousTestCase):
 
     def test_update(self) -> None:
         seen: Counter[str] = Counter()
-        for case in (EXAMPLE, PUT_IN, TAIL, Case(OLD, 0, ())):
+        for case in (EXAMPLE, PUT_IN, TAIL, GROWING, SWAPPED, Case(OLD, 0, ())):
             for code in self.ERRNOS:
                 for forever in (False, True):
                     for number in count():
@@ -222,7 +232,7 @@ class ErrorTests(SynchronousTestCase):
 
     def test_update_and_power_cut(self) -> None:
         """What was said after an error holds on the disk, too."""
-        for case in (EXAMPLE, TAIL):
+        for case in (EXAMPLE, TAIL, GROWING):
             for number in count():
                 disk, how = self.attempt(case, self.fault(errno.EIO, number, False))
                 calls = len(disk.calls)
@@ -250,11 +260,11 @@ class ErrorTests(SynchronousTestCase):
 
     def test_recovery(self) -> None:
         seen: Counter[str] = Counter()
-        for killed in range(12):
+        for case, killed in product((EXAMPLE, GROWING), range(14)):
             for forever in (False, True):
                 for number in count():
-                    disk = EXAMPLE.disk()
-                    how = run(disk, lambda disk=disk: update(disk, EXAMPLE), kill_at(killed))
+                    disk = case.disk()
+                    how = run(disk, lambda d=disk, c=case: update(d, c), kill_at(killed))
                     disk.kill()
                     disk.append(SPOOL, mail(1))
                     fault = self.fault(errno.EIO, number, forever)
@@ -262,15 +272,15 @@ class ErrorTests(SynchronousTestCase):
                     calls = len(disk.calls)
                     disk.kill()
                     end(disk)
-                    check(disk, EXAMPLE, how, mail(1))
+                    check(disk, case, how, mail(1))
                     if number >= calls:
                         break
         self.assertEqual(set(seen), {"done", "unfinished"})
 
     def test_short_writes(self) -> None:
-        for short in (1, 511, 4095):
-            disk, how = self.attempt(EXAMPLE, Fault(short=short))
-            self.assertEqual((how, disk.get(SPOOL)), ("done", EXAMPLE.result))
+        for case, short in product((EXAMPLE, GROWING), (1, 511, 4095)):
+            disk, how = self.attempt(case, Fault(short=short))
+            self.assertEqual((how, disk.get(SPOOL)), ("done", case.result))
 
     def test_descriptors_are_closed(self) -> None:
         for number in range(60):
@@ -315,16 +325,13 @@ class ErrorTests(SynchronousTestCase):
         self.assertEqual(error.errno, errno.EROFS)
 
     def test_changed_or_unlocked(self) -> None:
-        for case in (EXAMPLE, TAIL, Case(OLD, 0, ())):
+        for case in (EXAMPLE, TAIL, GROWING, Case(OLD, 0, ())):
             disk = case.disk()
-            journal, fd = journal_of(disk), disk.descriptor(SPOOL)
-            arguments = (fd, case.first, case.kept, len(OLD))
-            error = self.assertRaises(
-                NotCommitted, journal.replace_tail, *arguments, held=lambda: False
-            )
+            fd = disk.descriptor(SPOOL)
+            error = self.assertRaises(NotCommitted, update, disk, case, fd, held=lambda: False)
             self.assertEqual(error.errno, errno.ESTALE)
             disk.append(SPOOL, mail(1))
-            self.assertRaises(NotCommitted, journal.replace_tail, *arguments)
+            self.assertRaises(NotCommitted, update, disk, case, fd)
             check(disk, case, "not committed", mail(1))
 
     def test_mail_without_a_lock(self) -> None:
@@ -343,7 +350,7 @@ class ErrorTests(SynchronousTestCase):
 
     def test_second_update(self) -> None:
         """Nothing is begun while another update is unfinished."""
-        for case in (EXAMPLE, TAIL, Case(OLD, 0, ())):
+        for case in (EXAMPLE, TAIL, GROWING, Case(OLD, 0, ())):
             disk = EXAMPLE.disk()
             run(disk, lambda disk=disk: update(disk, EXAMPLE), kill_at(6))
             disk.kill()
@@ -365,6 +372,54 @@ class ErrorTests(SynchronousTestCase):
             (1200, [(1300, size), b"x" * 100]),
         ):
             self.assertRaises(ValueError, journal_of(disk).replace_tail, 3, first, kept, size)
+        for first, kept in (
+            (1200, [(1200, size - 1)]),
+            (1200, [(1199, size)]),
+            (1200, [(1200, size + 1)]),
+            (size, []),
+            (size, [b"x"]),
+        ):
+            self.assertRaises(ValueError, journal_of(disk).rewrite_tail, 3, first, kept, size)
+
+    def test_growing_without_any_space(self) -> None:
+        """However far the room came: it is taken back."""
+        whole = GROWING.disk()
+        run(whole, lambda: update(whole, GROWING), Fault(short=10))
+        room = whole.calls.index("rename") + 1
+        tried = 0
+        for number in range(room, len(whole.calls)):
+            if whole.calls[number] == "pwrite" and tried < 4:
+                tried += 1
+                disk, how = self.attempt_short(number)
+                self.assertEqual((how, disk.get(SPOOL)), ("not committed", OLD))
+                check(disk, GROWING, how, b"")
+        self.assertEqual(tried, 4)
+
+    def attempt_short(self, number: int) -> tuple[Disk, str]:
+        fault = self.fault(errno.ENOSPC, number, False)
+        fault.short = 10
+        return self.attempt(GROWING, fault)
+
+    def test_growing_and_mail_without_a_lock(self) -> None:
+        """Mail at any call behind the commit, which fails or is the last: it is not touched."""
+        whole = GROWING.disk()
+        run(whole, lambda: update(whole, GROWING), Fault())
+        for number in range(whole.calls.index("rename"), len(whole.calls)):
+            for error in (OSError(errno.EIO, ""), Killed()):
+                disk = GROWING.disk()
+
+                def at(
+                    _: str, now: int, d: Disk = disk, n: int = number, e: BaseException = error
+                ) -> BaseException | None:
+                    if now != n:
+                        return None
+                    d.append(SPOOL, mail(1))
+                    return e
+
+                how = run(disk, lambda disk=disk: update(disk, GROWING), Fault(at))
+                disk.kill()
+                end(disk)
+                check(disk, GROWING, how, mail(1))
 
 
 class PowerTests(SynchronousTestCase):
@@ -375,6 +430,53 @@ class PowerTests(SynchronousTestCase):
         for case in cases(seed=1, number=5):
             campaign.run(case)
         self.assertGreater(campaign.tried["cuts"], 1000)
+
+    def test_growing(self) -> None:
+        for case in (GROWING, SWAPPED):
+            campaign = Campaign(seed=3, cuts=1, inner=4)
+            campaign.run(case)
+            self.assertGreater(campaign.tried["cuts"], 100)
+
+    SMALL = Case(OLD[:600], 116, (b"much\n" * 100, (116, 600)))
+
+    def twice(self) -> None:
+        """A kill at each call, a kill at each call of the recovery, and the power goes then."""
+        chance = random.Random(1)
+        for number in count():
+            ended = ""
+            first, torn = divmod(number, 2)
+            for second in count():
+                disk = self.SMALL.disk()
+                fault = kill_at(first, torn > 0)
+                ended = run(disk, lambda d=disk: update(d, self.SMALL), fault)
+                disk.kill()
+                again = run(disk, lambda d=disk: recover(d), kill_at(second))
+                for choose in choices(disk.cut, 4, chance.randrange):
+                    later = disk.cut(choose)
+                    end(later)
+                    check(later, self.SMALL, ended, b"")
+                if again == "done":
+                    break
+            if ended == "done":
+                break
+
+    def test_growing_twice(self) -> None:
+        self.twice()
+
+    def test_growing_without_a_sync_of_the_recovery(self) -> None:
+        """Journal and room are on the disk before P is, and the room's end before the journal's."""
+        synced = Disk.fsync
+        for caller in ("_go_on", "_take_back"):
+
+            def fsync(disk: Disk, fd: int, caller: str = caller) -> None:
+                if sys._getframe(1).f_code.co_name != caller:
+                    synced(disk, fd)
+
+            self.patch(Disk, "fsync", fsync)
+            self.assertRaises(Violation, self.twice)
+        self.patch(Disk, "fsync", synced)
+        self.patch(journal_module._Record, "sync_folder", lambda record: None)
+        self.assertRaises(Violation, self.twice)
 
     def lazy(self, forgets: Callable[[Disk, int], bool], case: Case = EXAMPLE) -> None:
         """The campaign notices a server that forgets some fsyncs."""
@@ -388,13 +490,16 @@ class PowerTests(SynchronousTestCase):
         self.assertRaises(Violation, Campaign(seed=2, cuts=20, inner=2).run, case)
 
     def test_without_fsync_of_the_spool(self) -> None:
-        self.lazy(lambda disk, fd: disk.mode_of(fd) == stat.S_IFREG | 0o660)
+        for case in (EXAMPLE, GROWING):
+            self.lazy(lambda disk, fd: disk.mode_of(fd) == stat.S_IFREG | 0o660, case)
 
     def test_without_fsync_of_the_journal(self) -> None:
-        self.lazy(lambda disk, fd: disk.mode_of(fd) == stat.S_IFREG | 0o600)
+        for case in (EXAMPLE, GROWING):
+            self.lazy(lambda disk, fd: disk.mode_of(fd) == stat.S_IFREG | 0o600, case)
 
     def test_without_fsync_of_the_folder(self) -> None:
-        self.lazy(lambda disk, fd: stat.S_ISDIR(disk.mode_of(fd)))
+        for case in (EXAMPLE, GROWING):
+            self.lazy(lambda disk, fd: stat.S_ISDIR(disk.mode_of(fd)), case)
 
     def test_without_sums_of_sectors(self) -> None:
         """A torn cut is seen as the doing of another: the rest would be taken for mail."""
@@ -780,7 +885,7 @@ class RefusedTests(RealCase):
 
     def test_unknown_version(self) -> None:
         octets = self.break_in_the_middle()
-        self.put(octets[:8] + struct.pack(">I", 2) + octets[12:])
+        self.put(octets[:8] + struct.pack(">I", 3) + octets[12:])
         self.refused(Unsupported)
 
     def test_moved_folder(self) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from popdrop.errors import PopdropError
 from popdrop.stores.mbox.journal import (
@@ -89,8 +90,12 @@ def journal_of(disk: Disk) -> Journal:
     return journals_of(disk).of(SPOOL)
 
 
-def update(disk: Disk, case: Case) -> None:
-    journal_of(disk).replace_tail(disk.descriptor(SPOOL), case.first, case.kept, len(case.spool))
+def update(disk: Disk, case: Case, fd: int | None = None, **options: Any) -> None:
+    journal = journal_of(disk)
+    shorter = len(case.result) < len(case.spool)
+    change = journal.replace_tail if shorter else journal.rewrite_tail
+    fd = disk.descriptor(SPOOL) if fd is None else fd
+    change(fd, case.first, case.kept, len(case.spool), **options)
 
 
 def recover(disk: Disk) -> list[Recovered]:

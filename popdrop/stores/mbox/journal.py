@@ -10,6 +10,11 @@ A truncate may reach the disk in two steps: the rest of the last block is zeroed
 still stands (decision 3). Sums of each sector up to the end of that block tell such a state from
 any other. So even P of no octets has a journal, unless the cut is at the start of a block.
 
+A tail that does not become shorter needs more care: there is nothing behind P by which another's
+rewriting would be noticed, and mail may be appended while the file grows. Its journal holds what
+was there before, too, and room is made with empty lines first: mail behind them shows where they
+end. Until the room is there the update can be taken back, and behind that it can be ended.
+
 Counterparts are SQLite's journal (void by its length, checked by sums) and, for recovery in place,
 c-client's careful order; no POP3 server has one. Over 400 lines since writing, judging and
 repeating one journal are one argument.
@@ -43,6 +48,8 @@ log = Logger()
 
 MAGIC: Final = b"popdropJ"
 VERSION: Final = 1
+GROWING: Final = 2
+"""The version of journals whose tail does not become shorter."""
 HEADER: Final = 4096
 """Octets of the header, sums and HMAC in; P follows."""
 
@@ -79,6 +86,10 @@ _READ: Final = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _WRITE: Final = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _MAKE: Final = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _FOLDER: Final = os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC
+
+_FILLER: Final = b"\n"
+_ROOM: Final = b"\n\0"
+"""What may be found where room was made: a power cut may leave NUL there."""
 
 LEFT: Final = "maildrop has an unfinished update, try again later"
 NEWER: Final = "maildrop has an unfinished update of another version"
@@ -127,7 +138,7 @@ class Outcome(Enum):
     """What a recovery did about one journal."""
 
     DISCARDED = "discarded"
-    """It was never committed, or void already."""
+    """It was never committed, or void already, or it could be taken back."""
     FINISHED = "finished"
     """The update was ended (R2)."""
     FINISHED_WITH_MAIL = "finished with new mail"
@@ -218,6 +229,19 @@ def _unfinished(path: str, error: OSError) -> Unfinished:
     return Unfinished(LEFT, f"{path}: {code} {error.strerror}")
 
 
+def _length_of(kept: list[Piece], first: int, size: int) -> int:
+    """Octets of the pieces; `ValueError` where a range is not of the tail."""
+    length = 0
+    for piece in kept:
+        if isinstance(piece, bytes):
+            length += len(piece)
+        elif first <= piece[0] < piece[1] <= size:
+            length += piece[1] - piece[0]
+        else:
+            raise ValueError("not a range of the tail")
+    return length
+
+
 def _nothing() -> None:
     return None
 
@@ -234,6 +258,42 @@ def _blocks(files: Files, fd: int, start: int, stop: int, size: int = BLOCK) -> 
             raise OSError(errno.EIO, "file became shorter while it was read")
         yield block
         start += len(block)
+
+
+def _pieces(octets: bytes, start: int) -> list[bytes]:
+    """What stands at offset `start` of a file, sector by sector."""
+    stop = start + len(octets)
+    edges = [start, *range(start // SECTOR * SECTOR + SECTOR, stop, SECTOR), stop]
+    return [octets[a - start : b - start] for a, b in pairwise(edges) if a < b]
+
+
+def _chunks(start: int, stop: int) -> Iterator[Range]:
+    """The range in parts of at most `BLOCK`, none of which divides a sector."""
+    while start < stop:
+        end = min(start - start % BLOCK + BLOCK, stop)
+        yield start, end
+        start = end
+
+
+def _replaced(piece: bytes, new: bytes) -> int:
+    """How many octets of `new` stand in `piece`, from its start on."""
+    for number, (there, wanted) in enumerate(zip(piece, new, strict=True)):
+        if there != wanted:
+            return number
+    return len(piece)
+
+
+def _is_part_way(piece: bytes, old: bytes, new: bytes) -> bool:
+    """Whether `piece` is a sector in which `new` has replaced `old`, maybe in part or not yet."""
+    if piece == old:
+        return True
+    same = _replaced(piece, new)
+    return piece[same:] == old[same:]
+
+
+def _is_room(piece: bytes, new: bytes) -> bool:
+    """The same where `old` is room that was made."""
+    return not piece[_replaced(piece, new) :].strip(_ROOM)
 
 
 def _octets(files: Files, source: _Source) -> Iterable[bytes]:
@@ -306,9 +366,18 @@ class _Header:
         """Where P ends in the spool, and the spool after it."""
         return self.first + self.length
 
+    @property
+    def grows(self) -> bool:
+        """Whether the spool does not become shorter.
+
+        What P replaces stands behind P in the journal then, and `rest` is its SHA-256.
+        """
+        return self.end >= self.size
+
     def pack(self, key: Secret) -> bytes:
         *fields, path = astuple(self)
-        text: bytes = _FIELDS.pack(MAGIC, VERSION, *fields, len(path)) + path
+        version = GROWING if self.grows else VERSION
+        text: bytes = _FIELDS.pack(MAGIC, version, *fields, len(path)) + path
         text = text.ljust(HEADER - _MAC_OCTETS, b"\0")
         return text + _mac(key, text)
 
@@ -318,7 +387,7 @@ class _Header:
         if len(octets) < _VERSIONED.size or not octets.startswith(MAGIC):
             raise _Damaged("no journal")
         version = _VERSIONED.unpack_from(octets)[1]
-        if version != VERSION:
+        if version not in (VERSION, GROWING):
             raise Unsupported(NEWER, f"{path}: journal of version {version}")
         if len(octets) < HEADER:
             raise _Damaged("header is cut off")
@@ -326,8 +395,10 @@ class _Header:
         if not hmac.compare_digest(_mac(key, text), mac):
             raise Untrusted(LEFT, f"{path}: not sealed by the key of this server")
         *fields, length = _FIELDS.unpack_from(text)
-        spool = text[_FIELDS.size : _FIELDS.size + length]
-        return cls(*[*fields[2:], spool])
+        header = cls(*[*fields[2:], text[_FIELDS.size : _FIELDS.size + length]])
+        if header.grows != (version == GROWING):
+            raise _Damaged("version does not fit")
+        return header
 
 
 def _mac(key: Secret, text: bytes) -> bytes:
@@ -690,10 +761,7 @@ class Journal:
         (nothing has changed).
         """
         kept = list(kept)
-        ranges = [piece for piece in kept if not isinstance(piece, bytes)]
-        length = sum(stop - start for start, stop in ranges)
-        length += sum(len(piece) for piece in kept if isinstance(piece, bytes))
-        if length >= size - first or not all(first <= a < b <= size for a, b in ranges):
+        if _length_of(kept, first, size) >= size - first:
             raise ValueError("not pieces of a tail that becomes shorter")
         record = None
         if kept or first % LARGEST_BLOCK:
@@ -709,6 +777,38 @@ class Journal:
         with record:
             try:
                 self._redo(record, header, fd, refresh)
+            except OSError as error:
+                raise _unfinished(record.place.journal, error) from error
+
+    def rewrite_tail(
+        self,
+        fd: int,
+        first: int,
+        kept: Iterable[Piece],
+        size: int,
+        refresh: Refresh = _nothing,
+        held: Callable[[], bool] = _always,
+    ) -> None:
+        """As `replace_tail`, for pieces that are as many octets as are there, or more.
+
+        File and pieces must end with an empty line: mail that comes during a crash has to stand
+        behind one. The disk needs room for the growth beside that for the journal.
+        """
+        kept = list(kept)
+        if not _length_of(kept, first, size) >= size - first > 0:
+            raise ValueError("not pieces of a tail that does not become shorter")
+        record, header = self._commit(fd, first, kept, size, refresh, held)
+        with record:
+            try:
+                try:
+                    self._make_room(header, fd)
+                except OSError as error:
+                    self._take_back(record, header, fd, refresh)
+                    raise NotCommitted(error.errno, error.strerror) from error
+                self._overwrite(record, header, fd, refresh)
+                record.void()
+            except NotCommitted:
+                raise
             except OSError as error:
                 raise _unfinished(record.place.journal, error) from error
 
@@ -806,8 +906,12 @@ class Journal:
                     end = _write(files, record.fd, block, end)
                     refresh()
             length = end - HEADER
+            grows = first + length >= size
             prefix = self._hash(fd, 0, first, refresh)
-            sums = self._sums(fd, first + length, size, refresh)
+            if grows:
+                sums = _Sums(b"", self._copy_old(record.fd, end, fd, first, size, refresh))
+            else:
+                sums = self._sums(fd, first + length, size, refresh)
             spool = files.fstat(fd)
             header = _Header(
                 dev=spool.st_dev,
@@ -848,17 +952,107 @@ class Journal:
     def _redo(self, record: _Record, header: _Header, fd: int, refresh: Refresh) -> None:
         """From the commit point to the end. May be repeated any number of times."""
         files = self._files
-        position = header.first
-        for block in Kept(files, record.fd, header.length).blocks(0, header.length):
-            position = _write(files, fd, block, position)
-            refresh()
-        # Before the cut, so that on the disk, too, "cut off" means "P is in place".
-        files.fsync(fd)
+        self._overwrite(record, header, fd, refresh)
         if files.fstat(fd).st_size != header.size:
             raise OSError(errno.ESTALE, "mail was delivered without a lock")
         files.ftruncate(fd, header.end)
         files.fsync(fd)
         record.void()
+
+    def _overwrite(self, record: _Record, header: _Header, fd: int, refresh: Refresh) -> None:
+        """Put P in its place, on the disk: before a cut, so that "cut off" means that it is."""
+        position = header.first
+        for block in Kept(self._files, record.fd, header.length).blocks(0, header.length):
+            position = _write(self._files, fd, block, position)
+            refresh()
+        self._files.fsync(fd)
+
+    # A tail that does not become shorter
+
+    def _copy_old(
+        self, journal: int, at: int, fd: int, first: int, size: int, refresh: Refresh
+    ) -> bytes:
+        """Write what P will replace to offset `at` of the journal; gives its hash."""
+        digest = sha256()
+        for block in _blocks(self._files, fd, first, size):
+            digest.update(block)
+            at = _write(self._files, journal, block, at)
+            refresh()
+        return digest.digest()
+
+    def _make_room(self, header: _Header, fd: int) -> None:
+        """Lengthen the spool by empty lines, on the disk."""
+        if self._files.fstat(fd).st_size != header.size:
+            raise OSError(errno.ESTALE, "mail was delivered without a lock")
+        for start, stop in _chunks(header.size, header.end):
+            _write(self._files, fd, _FILLER * (stop - start), start)
+        if header.end > header.size:
+            self._files.fsync(fd)
+
+    def _take_back(self, record: _Record, header: _Header, fd: int, refresh: Refresh) -> None:
+        """Take the room away again, from before the mail behind it, and void the journal."""
+        files = self._files
+        start, size = header.size, files.fstat(fd).st_size
+        for begin, stop in _chunks(header.size, min(header.end, size)):
+            octets = b"".join(_blocks(files, fd, begin, stop))
+            start = stop - len(octets.lstrip(_ROOM))
+            if start < stop:
+                break
+        if header.size < start < size:
+            sources: list[_Source] = [(fd, start, size)]
+            new, cut = self._prepare(record.place, fd, header.size, size, sources, refresh)
+            with new:
+                new.publish()
+                self._redo(new, cut, fd, refresh)
+            return
+        if header.size < start:
+            files.ftruncate(fd, header.size)
+        # Also where there is no room to be seen: it may be on the disk still.
+        files.fsync(fd)
+        record.void()
+
+    def _go_on(
+        self, record: _Record, header: _Header, fd: int, size: int, refresh: Refresh
+    ) -> Outcome | None:
+        """Recover a growing update, in a spool not shorter now; `None` where another wrote."""
+        new = Kept(self._files, record.fd, header.length)
+        untouched = ours = True
+        for start, stop in _chunks(header.first, header.size):
+            a, b = start - header.first, stop - header.first
+            found = b"".join(_blocks(self._files, fd, start, stop))
+            old = b"".join(new.blocks(header.length + a, header.length + b))
+            if found != old:
+                untouched = False
+                wanted = b"".join(new.blocks(a, b))
+                ours = ours and all(
+                    map(
+                        _is_part_way,
+                        *(_pieces(octets, start) for octets in (found, old, wanted)),
+                    )
+                )
+            refresh()
+        if ours and size >= header.end and self._has_room(new, header, fd, refresh):
+            # The writer may have been killed before the journal, or the room, was on the disk; both
+            # must be before anything is overwritten.
+            record.sync_folder()
+            self._files.fsync(fd)
+            self._overwrite(record, header, fd, refresh)
+            record.void()
+            return Outcome.FINISHED
+        if untouched:
+            self._take_back(record, header, fd, refresh)
+            return Outcome.DISCARDED
+        return None
+
+    def _has_room(self, kept: Kept, header: _Header, fd: int, refresh: Refresh) -> bool:
+        """Whether there is nothing but room, and what P has to put there, where the spool grew."""
+        for start, stop in _chunks(header.size, header.end):
+            found = b"".join(_blocks(self._files, fd, start, stop))
+            wanted = b"".join(kept.blocks(start - header.first, stop - header.first))
+            if not all(map(_is_room, _pieces(found, start), _pieces(wanted, start))):
+                return False
+            refresh()
+        return True
 
     # What stands in files
 
@@ -872,9 +1066,7 @@ class Journal:
     def _sectors(self, fd: int, start: int, size: int) -> list[bytes]:
         """The sectors from `start` to the end of the largest block or of the file."""
         stop = _block_end(start, size)
-        octets = b"".join(_blocks(self._files, fd, start, stop))
-        edges = [start, *range(start // SECTOR * SECTOR + SECTOR, stop, SECTOR), stop]
-        return [octets[a - start : b - start] for a, b in pairwise(edges) if a < b]
+        return _pieces(b"".join(_blocks(self._files, fd, start, stop)), start)
 
     def _sums(self, fd: int, start: int, size: int, refresh: Refresh) -> _Sums:
         sectors = b"".join(map(_sum, self._sectors(fd, start, size)))
@@ -956,6 +1148,11 @@ class Journal:
             and size >= header.first
             and self._hash(fd, 0, header.first, refresh) == header.prefix
         ):
+            if header.grows:
+                outcome = size >= header.size and self._go_on(record, header, fd, size, refresh)
+                if outcome:
+                    return Recovered(outcome, path)
+                return self._orphan(record, header, fd, form, refresh)
             if self._may_redo(header, fd, size, refresh):
                 return self._finish(record, header, fd, size, refresh)
             if size >= header.end and self._is_in_place(header, fd, refresh):
@@ -974,10 +1171,16 @@ class Journal:
         # A folder may have been moved. Another's journal moved here would give away his mail.
         if os.path.basename(header.spool) != os.path.basename(self._spool):
             raise Untrusted(LEFT, f"{path}: journal of another spool")
-        if self._files.fstat(record.fd).st_size != HEADER + header.length:
+        end = HEADER + header.length
+        stop = end
+        if header.grows:
+            stop += header.size - header.first
+        if self._files.fstat(record.fd).st_size != stop:
             raise _Damaged("of a wrong length")
-        if self._hash(record.fd, HEADER, HEADER + header.length, refresh) != header.kept:
+        if self._hash(record.fd, HEADER, end, refresh) != header.kept:
             raise _Damaged("kept octets do not fit their sum")
+        if header.grows and self._hash(record.fd, end, stop, refresh) != header.rest:
+            raise _Damaged("replaced octets do not fit their sum")
         return header
 
     def _finish(
