@@ -54,8 +54,15 @@ class IMaildrop(Interface):
     def fetch(index: int, lines: int | None) -> Awaitable[IBlocks]:
         """Message `index` (0-based) as wire-ready blocks; `lines` limits the body (TOP)."""
 
-    def commit(deleted: Collection[int]) -> Awaitable[None]:
-        """Remove exactly these (0-based), all or nothing, and be on disk when this fires."""
+    wants_seen: bool = Attribute(
+        "Whether `commit` is to be told which messages were retrieved, also where none is deleted."
+    )
+
+    def commit(deleted: Collection[int], seen: Collection[int] = ()) -> Awaitable[None]:
+        """Remove exactly these (0-based), all or nothing, and be on disk when this fires.
+
+        `seen` were retrieved: a store may mark them as read. Where it cannot nothing is raised.
+        """
 
     def release() -> Awaitable[None]:
         """Let go. Idempotent, never fails, legal at any moment, after commit or without.
@@ -93,6 +100,8 @@ class IBlockingMaildrop(Interface):
         " it may be called in the reactor."
     )
 
+    wants_seen: bool = Attribute("As `IMaildrop.wants_seen`; without it `seen` is never given.")
+
     def identify() -> None:
         """As `IMaildrop.identify`: replaces `listing` by one with ids. May raise `Busy`."""
 
@@ -102,8 +111,11 @@ class IBlockingMaildrop(Interface):
     def source(index: int) -> Source:
         """Where message `index` (0-based) lies. Does no input or output."""
 
-    def commit(deleted: Collection[int]) -> None:
-        """Remove these (0-based). Raises `Busy` before any write; all or nothing; on disk."""
+    def commit(deleted: Collection[int], seen: Collection[int] = ()) -> None:
+        """Remove these (0-based). Raises `Busy` before any write; all or nothing; on disk.
+
+        `seen` as in `IMaildrop.commit`; where only they are given the errors may be raised.
+        """
 
     def release() -> None:
         """Let go. Idempotent, never raises."""

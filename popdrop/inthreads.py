@@ -21,7 +21,7 @@ from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
-from popdrop.errors import Busy, InUse, TemporaryFailure
+from popdrop.errors import Busy, InUse, PopdropError, TemporaryFailure
 from popdrop.interfaces import (
     IBlockingMaildrop,
     IBlockingStore,
@@ -68,6 +68,14 @@ def _shielded(inner: Deferred[T], orphan: Callable[[T], object]) -> Deferred[T]:
 
     inner.addBoth(done)
     return outer
+
+
+async def _noted(done: Deferred[None]) -> None:
+    """Nothing that the client asked for has failed where a mark could not be made."""
+    try:
+        await done
+    except PopdropError as error:
+        log.warn("not marked as read: {detail}", detail=error.detail or error.text)
 
 
 @implementer(IStore)
@@ -191,8 +199,16 @@ class ThreadedDrop:
         """As `IMaildrop.identify`."""
         return self.patiently(self._drop.identify)
 
-    def commit(self, deleted: Collection[int]) -> Awaitable[None]:
-        """As `IMaildrop.commit`. Nothing deleted: nothing is done."""
+    @property
+    def wants_seen(self) -> bool:
+        """As `IMaildrop.wants_seen`."""
+        return bool(getattr(self._drop, "wants_seen", False))
+
+    def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> Awaitable[None]:
+        """As `IMaildrop.commit`. Nothing deleted, and nothing to note: nothing is done."""
+        if seen and self.wants_seen:
+            done = self.patiently(lambda: self._drop.commit(deleted, seen), to_the_end=True)
+            return done if deleted else _noted(done)
         if not deleted:
             return succeed(None)
         return self.patiently(lambda: self._drop.commit(deleted), to_the_end=True)

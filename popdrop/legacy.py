@@ -72,6 +72,8 @@ async def adapted(mailbox: Any, logout: Callable[[], object]) -> MailboxAsMaildr
 class MailboxAsMaildrop:
     """A twisted.mail mailbox, under Popdrop's protocol."""
 
+    wants_seen = False
+
     def __init__(self, mailbox: Any, listing: Listing, logout: Callable[[], object]) -> None:
         self._mailbox = mailbox
         self._logout: Callable[[], object] | None = logout
@@ -97,7 +99,7 @@ class MailboxAsMaildrop:
             await maybeDeferred(self._mailbox.getMessage, index), Outgoing(lines=lines)
         )
 
-    async def commit(self, deleted: Collection[int]) -> None:
+    async def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
         """As `IMaildrop.commit`, as far as the mailbox keeps such a promise."""
         if not deleted:
             return

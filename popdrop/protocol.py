@@ -477,7 +477,8 @@ class POP3Protocol(Protocol):
             case Measure() | Identify():
                 self._begin(out, self._learn(result))
             case Commit():
-                if result.deleted or not self._leave(out):
+                seen = result.seen and cast("IMaildrop", self._drop).wants_seen
+                if result.deleted or seen or not self._leave(out):
                     self._committing = True
                     self._begin(out, self._commit(result))
             case StartTLS():
@@ -604,8 +605,8 @@ class POP3Protocol(Protocol):
 
     async def _commit(self, commit: Commit) -> None:
         try:
-            if commit.deleted:
-                await cast("IMaildrop", self._drop).commit(commit.deleted)
+            if commit.deleted or self._drop is not None:
+                await cast("IMaildrop", self._drop).commit(commit.deleted, commit.seen)
             answer = self._session.committed()
         except PopdropError as error:
             log.error(

@@ -77,9 +77,13 @@ class Fetch:
 
 @dataclass(frozen=True, slots=True)
 class Commit:
-    """Remove these messages (0-based), then close. Answered by `committed` or `failed`."""
+    """Remove these messages (0-based), then close. Answered by `committed` or `failed`.
+
+    `seen` were retrieved, and are not deleted.
+    """
 
     deleted: frozenset[int]
+    seen: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +156,7 @@ class Session:
         self._listing = _EMPTY
         self._deleted: set[int] = set()
         self._deleted_octets = 0
+        self._seen: set[int] = set()
         self._last = 0
         self.user: bytes | None = None
         """The name as the client gave it last; raw."""
@@ -252,6 +257,7 @@ class Session:
             return b"+OK\r\n"
         self.tally.retr += 1
         self.tally.retr_octets += octets
+        self._seen.add(fetch.index)
         self._last = max(self._last, fetch.index + 1)
         return b"+OK %d octets\r\n" % octets
 
@@ -451,7 +457,7 @@ class Session:
         if self._state is not State.TRANSACTION:
             return self._farewell("quit-before-login")
         self._state = State.UPDATE
-        return Commit(frozenset(self._deleted))
+        return Commit(frozenset(self._deleted), frozenset(self._seen - self._deleted))
 
     # TRANSACTION
 
@@ -506,6 +512,8 @@ class Session:
     def _do_rset(self) -> Result:
         self._deleted.clear()
         self._deleted_octets = 0
+        # qpopper's RSET takes back what was retrieved, too.
+        self._seen.clear()
         self._last = 0
         return b"+OK\r\n"
 

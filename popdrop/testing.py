@@ -112,6 +112,7 @@ class MemoryDrop:
     """Made by `MemoryStore.open`. Its octets are in a file without a name."""
 
     quick_release = False
+    wants_seen = False
 
     def __init__(self, store: MemoryStore, user: str, messages: list[bytes]) -> None:
         self.user = user
@@ -150,7 +151,7 @@ class MemoryDrop:
             verify=verify,
         )
 
-    def commit(self, deleted: Collection[int]) -> None:
+    def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
         """As `IBlockingMaildrop.commit`."""
         if deleted:
             if not all(0 <= index < len(self._messages) for index in deleted):

@@ -80,6 +80,8 @@ class Drop:
         self.fail_reads_after: int | None = None
         self.failure: Exception = OSError(5, "not for the wire")
         self.commit_answer: Deferred[None] | None = None
+        self.wants_seen = False
+        self.seen: set[int] | None = None
 
     async def measure(self) -> None:
         raise AssertionError("the sizes are there")
@@ -95,7 +97,8 @@ class Drop:
     async def fetch(self, index: int, lines: int | None) -> IBlocks:
         return Blocks(self, self.messages[index], lines)
 
-    async def commit(self, deleted: Collection[int]) -> None:
+    async def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
+        self.seen = set(seen)
         if self.commit_answer is not None:
             await self.commit_answer
         self.store.messages = [m for i, m in enumerate(self.messages) if i not in deleted]

@@ -10,7 +10,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import TestCase
 
-from popdrop.errors import Busy, InUse, TemporaryFailure
+from popdrop.errors import Busy, InUse, PermanentFailure, PopdropError, TemporaryFailure
 from popdrop.inthreads import HOT_LIMIT, InThreads
 from popdrop.testing import MemoryStore
 from popdrop.threads import Pool
@@ -87,6 +87,34 @@ class InThreadsTests(TestCase):
         store.fail("commit", Busy("spool"))
         with self.assertRaises(TemporaryFailure):
             await drop.commit({0})
+        await drop.release()
+
+    async def test_what_was_retrieved(self) -> None:
+        """Told only to a maildrop that wants it; where that alone fails nobody is troubled."""
+        store = MemoryStore({"bob": [b"x\n", b"y\n"]})
+        drop: Any = await self.store(store, lock_timeout=0).open(BOB)
+        told: list[tuple[Any, ...]] = []
+        wrong: list[Exception] = []
+
+        def commit(*arguments: Any) -> None:
+            told.append(arguments)
+            if wrong:
+                raise wrong[0]
+
+        drop._drop.commit = commit
+        await drop.commit(frozenset(), {0})
+        await drop.commit({1}, {0})
+        self.assertEqual(told, [({1},)])
+        drop._drop.wants_seen = True
+        await drop.commit(frozenset(), frozenset())
+        await drop.commit(frozenset(), {0})
+        await drop.commit({1}, {0})
+        self.assertEqual(told[1:], [(frozenset(), {0}), ({1}, {0})])
+        for error in (Busy("spool"), TemporaryFailure("no space"), PermanentFailure("read-only")):
+            wrong[:] = [error]
+            await drop.commit(frozenset(), {0})
+            with self.assertRaises(PopdropError):
+                await drop.commit({1}, {0})
         await drop.release()
 
     async def test_cancelled_open_lets_go(self) -> None:

@@ -36,7 +36,8 @@ _TABLE = """
 2   credentials wire spec accounts.sqlitefile accounts.schema
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
-1   interfaces stores.uidlform accounts.secrets stores.mbox.scan stores.mbox.findings
+1   interfaces accounts.secrets stores.mbox.scan stores.mbox.findings
+1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans
 0   errors listing values places
 """

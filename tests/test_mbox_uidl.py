@@ -198,6 +198,54 @@ class XUidTests(UidlCase):
         self.assertLessEqual(self.spool().count(BASE), octets.count(BASE))
 
 
+class IndexTests(UidlCase):
+    """Spools that are large enough for an index."""
+
+    def octets(self) -> list[bytes]:
+        return [mail(i, b"X-UIDL: abcdefghijk%d\n" % i, b"body\n" * 20_000) for i in range(3)]
+
+    def test_ids_go_on(self) -> None:
+        """Mail that comes later has no id twice, whatever its header says."""
+        self.write(b"".join(self.octets()))
+        wanted = [b"abcdefghijk%d" % i for i in range(3)]
+        self.assertEqual(self.session((), "x-uidl"), wanted)
+        again = [mail(7, b"X-UIDL: abcdefghijk1\n"), mail(8, b"X-UIDL: another-of-them\n")]
+        self.append(b"".join(again * 2))
+        hashes = self.hashes()
+        wanted += [hashes[3], b"another-of-them", hashes[5] + b"-2", hashes[6]]
+        self.assertEqual(self.session((), "x-uidl"), wanted)
+        self.assertEqual(self.session((1,), "x-uidl"), wanted)
+        self.assertEqual(self.session((), "x-uidl"), [wanted[0], *wanted[2:]])
+
+    def test_another_option_is_another_index(self) -> None:
+        self.write(b"".join(self.octets()))
+        for form in ("x-uidl", "hash", "x-uidl[1-5]", "x-uidl"):
+            found = self.session((), form)
+            same = form == "x-uidl"
+            self.assertEqual(
+                found, [b"abcdefghijk%d" % i for i in range(3)] if same else self.hashes()
+            )
+
+    def test_uids_are_of_the_old_server_only(self) -> None:
+        """What is appended to a spool that has ids was not numbered by it."""
+        body = b"body\n" * 60_000
+        self.write(numbered(1, BASE) + numbered(2) + mail(3, b"", body))
+        first = self.session()
+        self.append(mail(4, b"X-UID: 5\n"))
+        self.assertEqual(self.session(), [*first, self.hashes()[3]])
+
+    def test_base_goes_on(self) -> None:
+        """The index does not say where messages lay before a field was put in."""
+        self.write(
+            numbered(1, BASE) + b"".join(numbered(i) for i in range(2, 9)) + self.octets()[0] * 3
+        )
+        found = self.session((0, 3))
+        left = [*found[1:3], *found[4:]]
+        self.assertEqual(self.session((0,)), left)
+        self.assertEqual(self.session(), left[1:])
+        self.assertTrue(self.spool().startswith(FROM + BASE))
+
+
 class FoundAgainTests(UidlCase):
     """Deleting by reused ids where another program has rewritten the spool meanwhile."""
 

@@ -569,6 +569,25 @@ class CommitTests(SynchronousTestCase):
         )
         self.assertEqual(server.store.opened[0].released, 1)
 
+    def test_what_was_retrieved(self) -> None:
+        """Told to a maildrop that wants it, also where nothing is deleted; else QUIT is quick."""
+        for wants, seen in ((False, None), (True, {0})):
+            server = Server()
+            protocol, transport = server.logged_in()
+            drop = server.store.opened[0]
+            drop.wants_seen = wants
+            protocol.dataReceived(b"RETR 1\r\nQUIT\r\n")
+            self.assertTrue(transport.value().endswith(b"signing off.\r\n"))
+            self.assertEqual((drop.seen, drop.released), (seen, 1))
+        for lost in (b"RETR 1\r\n", b"RETR 1\r\nQUI"):
+            server = Server()
+            protocol, transport = server.logged_in()
+            drop = server.store.opened[0]
+            drop.wants_seen = True
+            protocol.dataReceived(lost)
+            lose(protocol)
+            self.assertEqual((drop.seen, drop.released), (None, 1))
+
     def test_client_gone_meanwhile(self) -> None:
         """A commit once begun runs to its end, then the maildrop is let go."""
         server = Server()

@@ -342,6 +342,19 @@ class TransactionTests(SynchronousTestCase):
         self.assertEqual((session.tally.deleted, session.tally.deleted_octets), (2, 40))
         self.assertEqual((session.tally.left, session.tally.left_octets), (1, 20))
 
+    def test_quit_says_what_was_retrieved(self) -> None:
+        """By RETR, and not what is deleted; TOP shows a part only, and RSET takes all back."""
+        session = opened([10, 20, 30, 40])
+        for index, lines in ((0, None), (1, None), (2, 5)):
+            session.fetching(Fetch(index, lines))
+        session.line(b"DELE 2")
+        self.assertEqual(session.line(b"QUIT"), Commit(frozenset({1}), frozenset({0})))
+        session = opened([10, 20])
+        session.fetching(Fetch(0, None))
+        session.line(b"RSET")
+        session.fetching(Fetch(1, None))
+        self.assertEqual(session.line(b"QUIT"), Commit(frozenset(), frozenset({1})))
+
     def test_failed_commit(self) -> None:
         session = opened([10, 20])
         session.line(b"DELE 1")

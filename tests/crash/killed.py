@@ -1,7 +1,7 @@
 """A child that deletes from a spool and kills itself at its N-th file call, for `test_kill`.
 
-`killed.py STATE TEMPLATE USER DELETED N`: DELETED are 0-based indexes joined by commas. With N of 0
-it is not killed, and prints how many calls there were.
+`killed.py STATE TEMPLATE USER DELETED SEEN N`: DELETED and SEEN are 0-based indexes joined by
+commas, or nothing. With N of 0 it is not killed, and prints how many calls there were.
 """
 
 from __future__ import annotations
@@ -35,12 +35,13 @@ class Deadly(Files):
         return call
 
 
-def main(state: str, template: str, user: str, deleted: str, last: str) -> None:
-    store = MboxStore(template, state)
+def main(state: str, template: str, user: str, deleted: str, seen: str, last: str) -> None:
+    store = MboxStore(template, state, update_status=bool(seen))
     files = Deadly(int(last))
     store.journals = Journals(state, files)
     drop = store.open(Owner(user))
-    drop.commit([int(word) for word in deleted.split(",")])
+    rows, read = ([int(word) for word in each.split(",") if word] for each in (deleted, seen))
+    drop.commit(rows, read)
     drop.release()
     print(files.count)
 

@@ -43,7 +43,9 @@ class KillTests(SynchronousTestCase):
         )
         self.spool.chmod(0o600)
 
-    def child(self, deleted: list[int], last: int) -> subprocess.CompletedProcess[bytes]:
+    def child(
+        self, deleted: list[int], seen: list[int], last: int
+    ) -> subprocess.CompletedProcess[bytes]:
         return subprocess.run(
             [
                 sys.executable,
@@ -53,6 +55,7 @@ class KillTests(SynchronousTestCase):
                 f"{self.spools}/{{user}}",
                 "bob",
                 ",".join(map(str, deleted)),
+                ",".join(map(str, seen)),
                 str(last),
             ],
             cwd=ROOT,
@@ -69,11 +72,16 @@ class KillTests(SynchronousTestCase):
         drop.release()
         return [b"From " + part for part in self.spool.read_bytes().split(b"From alice")[1:]]
 
-    def campaign(self, deleted: list[int]) -> None:
+    def campaign(self, deleted: list[int], seen: list[int] | None = None) -> None:
+        seen = seen or []
         before = [one(number) for number in range(COUNT)]
-        after = [one(number) for number in range(COUNT) if number not in deleted]
+        after = [
+            one(number).replace(b"\n", b"\nStatus: RO\n", number in seen)
+            for number in range(COUNT)
+            if number not in deleted
+        ]
         self.fresh()
-        whole = self.child(deleted, 0)
+        whole = self.child(deleted, seen, 0)
         self.assertEqual((whole.returncode, whole.stderr), (0, b""))
         self.assertEqual(self.spool.read_bytes(), b"".join(after))
         calls = int(whole.stdout)
@@ -82,7 +90,7 @@ class KillTests(SynchronousTestCase):
         for last in range(1, calls + 1):
             self.fresh()
             inode = self.spool.stat().st_ino
-            self.assertEqual(self.child(deleted, last).returncode, -9, last)
+            self.assertEqual(self.child(deleted, seen, last).returncode, -9, last)
             with self.spool.open("ab") as spool:
                 spool.write(LATE)
             self.left()
@@ -102,3 +110,10 @@ class KillTests(SynchronousTestCase):
 
     def test_tail(self) -> None:
         self.campaign([4, 5])
+
+    def test_marked_as_read(self) -> None:
+        """The spool grows; mail that comes behind the room that was made stands for itself."""
+        self.campaign([], [1, 2, 5])
+
+    def test_deleted_and_marked_as_read(self) -> None:
+        self.campaign([1, 3], [0, 2, 5])

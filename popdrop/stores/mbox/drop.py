@@ -31,9 +31,9 @@ from popdrop.errors import (
 )
 from popdrop.interfaces import IBlockingMaildrop
 from popdrop.listing import Ids, Listing
-from popdrop.stores.mbox.identity import base_in, digest_of, header_of, ids_of
+from popdrop.stores.mbox.identity import LONGEST_HEADER, base_in, digest_of, header_of, ids_of
 from popdrop.stores.mbox.index import EAGER, SMALLEST, Damaged, Index, Indexes, Known, tail_of
-from popdrop.stores.mbox.journal import Journals, Piece
+from popdrop.stores.mbox.journal import Journals, NotCommitted, Piece, Range
 from popdrop.stores.mbox.kinds import LOOK_AHEAD, LOOK_BACK, Form, is_mmdf
 from popdrop.stores.mbox.locks import NoDotLock, NoFcntlLock, SessionLock, SpoolLocks
 from popdrop.stores.mbox.recent import Photograph, Recent
@@ -47,6 +47,7 @@ from popdrop.stores.mbox.spool import (
     key_of,
     shows_changes,
 )
+from popdrop.stores.mbox.status import Edit, as_read, edited, length_of, may_insert
 from popdrop.stores.uidl import hash_in, text_of
 from popdrop.stores.uidlform import UidlForm
 from popdrop.values import Source
@@ -127,6 +128,7 @@ class Home(Protocol):
     strip: frozenset[bytes]
     spaced: bool
     uidl: UidlForm
+    update_status: bool
     max_messages: int
     max_octets: int
     recent: Recent
@@ -137,6 +139,11 @@ class Home(Protocol):
 @implementer(IBlockingMaildrop)
 class MboxDrop:
     """One spool, photographed. Made by `MboxStore.open`; `spool` is `None` where there is none."""
+
+    @property
+    def wants_seen(self) -> bool:
+        """As `IBlockingMaildrop.wants_seen`."""
+        return self._store.update_status
 
     def __init__(self, store: Home, session: SessionLock, spool: Spool | None) -> None:
         self._store = store
@@ -402,15 +409,16 @@ class MboxDrop:
         self._settled = whole and is_settled(found, now)
 
     def _scan(self, start: int, stop: int, refresh: Refresh, hide: bool = True) -> Spans:
-        return self._scan_ranges([(start, stop)], refresh, hide)
+        return self._scan_pieces([(start, stop)], refresh, hide)
 
-    def _scan_ranges(
-        self, ranges: list[tuple[int, int]], refresh: Refresh, hide: bool = True
-    ) -> Spans:
-        """As if the octets of these ranges were a file."""
+    def _scan_pieces(self, pieces: list[Piece], refresh: Refresh, hide: bool = True) -> Spans:
+        """As if these pieces were a file."""
         scanner = self._store.form.scanner(strip=self._store.strip, hide=hide)
-        for start, stop in ranges:
-            for block in self._spool.blocks(start, stop, BLOCK):
+        for piece in pieces:
+            if isinstance(piece, bytes):
+                scanner.feed(piece)
+                continue
+            for block in self._spool.blocks(*piece, BLOCK):
                 scanner.feed(block)
                 refresh()
         return scanner.close()
@@ -567,15 +575,17 @@ class MboxDrop:
 
     # Deleting
 
-    def commit(self, deleted: Collection[int]) -> None:
+    def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
         """As `IBlockingMaildrop.commit`.
 
-        All or nothing: over errors, a killed process and a power cut, by the journal.
+        All or nothing: over errors, a killed process and a power cut, by the journal. `seen` get
+        `Status: RO` with `update-status=yes`, where that can be done beside the deletion.
         """
         rows = sorted(set(deleted))
-        if not rows:
+        read = sorted(set(seen) - set(rows)) if self._store.update_status else []
+        if not rows and not read:
             return
-        if rows[0] < 0 or rows[-1] >= len(self.listing):
+        if min(rows + read) < 0 or max(rows + read) >= len(self.listing):
             raise IndexError("no such message in this maildrop")
         if self._read_only:
             raise PermanentFailure(READ_ONLY, self._read_only)
@@ -585,34 +595,118 @@ class MboxDrop:
             told(spool.path, READ_ONLY, NOT_LOCKED),
             SpoolLocks(spool.fd, spool.path, self._store.locks, True) as locks,
         ):
-            self._commit_locked(rows, locks)
+            self._commit_locked(rows, read, locks)
 
-    def _commit_locked(self, rows: list[int], locks: SpoolLocks) -> None:
+    def _commit_locked(self, rows: list[int], read: list[int], locks: SpoolLocks) -> None:
         spool = self._spool
         if not spool.is_at_path():
             raise TemporaryFailure(NOT_DELETED, f"{spool.path}: is another file now")
         found = spool.stat()
-        spans, rows, end = self._agree(found, rows, locks.refresh)
-        first, kept = plan(spans, rows, end, found.st_size)
-        self._check_seams(spans.starts[rows[0]], kept, locks.refresh)
-        self._check_lengths(spans, rows, [(0, first), *kept], locks.refresh)
-        if not locks.held():
-            raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
-        pieces = self._keep_base(spans, rows, kept, locks.refresh)
-        with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
-            self._committed = True
-            self._unsaved = False
-            self._store.recent.forget(spool.path)
-            self._index.forget()
-            self._store.journals.of(spool.path).replace_tail(
-                spool.fd, first, pieces, found.st_size, locks.refresh, locks.held
-            )
+        size = found.st_size
+        if rows:
+            spans, places, end = self._agree(found, rows, locks.refresh)
+        else:
+            spans, places, end = self._look_again(found, read, locks.refresh), [], size
+        marks = self._marks_as_read(found, spans, read, locks.refresh)
+        first, kept = plan(spans, places, end, size) if places else (size, [])
+        if places:
+            self._check_seams(spans.starts[places[0]], kept, locks.refresh)
+        base = self._keep_base(spans, places, locks.refresh)
+        # What was asked for is done without the one or the other if it cannot be done with it.
+        tries = [base + marks] if marks else []
+        tries += [base] if rows and base else []
+        tries += [[]] if rows else []
+        for edits in tries:
+            if not self._stay_apart(spans, places, (first, kept), edits, locks.refresh):
+                continue
+            if not locks.held():
+                raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
+            can_do_without = bool(rows) and len(edits) > len(base)
+            if self._write(first, kept, edits, size, locks, can_do_without):
+                break
+        else:
+            return
         # A field that was put in has moved what is behind it.
-        moved = len(pieces) > len(kept)
-        left = self._left_by(spans, rows, end) if end == spans.end and not moved else None
-        self._set_times(has_new_mail=found.st_size > self._spans.end or self._had_new_mail)
+        left = self._left_by(spans, places, end) if end == spans.end and not edits else None
+        self._set_times(has_new_mail=size > self._spans.end or self._had_new_mail)
         if left is not None:
             self._left = left._replace(key=key_of(spool.stat()))
+
+    def _write(
+        self,
+        first: int,
+        kept: list[Range],
+        edits: list[Edit],
+        size: int,
+        locks: SpoolLocks,
+        can_do_without: bool,
+    ) -> bool:
+        """Whether the spool was rewritten; with `can_do_without` it need not, where it would grow.
+
+        A tail that grows must have a separator behind it, before and after.
+        """
+        spool = self._spool
+        first, pieces = edited(first, kept, edits)
+        journal = self._store.journals.of(spool.path)
+        change = journal.replace_tail
+        if length_of(pieces) >= size - first:
+            change = journal.rewrite_tail
+            last = pieces[-1]
+            if isinstance(last, bytes) or not (self._is_over(size) and self._is_over(last[1])):
+                return False
+        self._committed = True
+        self._unsaved = False
+        self._store.recent.forget(spool.path)
+        self._index.forget()
+        with told(spool.path, NOT_WRITTEN, NOT_WRITTEN):
+            try:
+                change(spool.fd, first, pieces, size, locks.refresh, locks.held)
+            except NotCommitted:
+                if can_do_without:
+                    return False
+                raise
+        return True
+
+    def _is_sure(self, found: os.stat_result, index: int) -> bool:
+        """Whether message `index` needs no look: the file is as it was, and was scanned there."""
+        return self._settled and key_of(found) == self._key and index >= self._proven
+
+    def _look_again(self, found: os.stat_result, read: list[int], refresh: Refresh) -> Spans:
+        """Where all messages are now, if a look at those to be marked would not show it.
+
+        Any octet may make a Content-Length true or false, and so move the ends of messages.
+        """
+        if not self._store.form.lengths or self._is_sure(found, read[0]):
+            return self._spans
+        try:
+            return self._scan(0, found.st_size, refresh)
+        except NotAnMbox as fault:
+            raise TemporaryFailure(CHANGED, f"{self._spool.path}: {fault}") from None
+
+    def _marks_as_read(
+        self, found: os.stat_result, spans: Spans, read: list[int], refresh: Refresh
+    ) -> list[Edit]:
+        """What to change for messages that were read, those that are found again for certain."""
+        if spans is self._spans:
+            read = [
+                index
+                for index in read
+                if self._is_sure(found, index) or self._is_same(index, refresh)
+            ]
+        elif not (self._store.form.lengths and self._has_grown(spans, read, refresh)):
+            try:
+                read = self._find_again(spans, read, refresh)
+            except TemporaryFailure:
+                return []
+        marks = []
+        for index in read:
+            header = header_of(self._spool, spans, index, refresh)
+            if spans.lengths[index] and len(header) < LONGEST_HEADER:
+                place = spans.offset(index)
+                crlf = self._spool.read(place - 2, place) == b"\r\n"
+                mark = as_read(spans.starts[index], header, place, b"\r\n" if crlf else b"\n")
+                marks += [mark] if mark else []
+        return marks
 
     def _left_by(self, spans: Spans, rows: list[int], end: int) -> _Left | None:
         """What is left, for the index: nobody else has written since the locks were taken."""
@@ -631,7 +725,7 @@ class MboxDrop:
     ) -> tuple[Spans, list[int], int]:
         """Where the messages to delete are now, and where the last of all messages ends."""
         spans = self._spans
-        if self._settled and key_of(found) == self._key and rows[0] >= self._proven:
+        if self._is_sure(found, rows[0]):
             return spans, rows, spans.end
         by_length = self._store.form.lengths
         # Any octet may make a Content-Length true or false, and so move the ends of messages.
@@ -723,46 +817,55 @@ class MboxDrop:
             if not self._begins(offset):
                 raise TemporaryFailure(NOT_DELETED, f"{path}: no message begins at {offset}")
 
-    def _check_lengths(
-        self, spans: Spans, rows: list[int], left: list[tuple[int, int]], refresh: Refresh
-    ) -> None:
-        """A Content-Length that is false now may point at a message when others are gone.
+    def _stay_apart(
+        self,
+        spans: Spans,
+        rows: list[int],
+        left: tuple[int, list[Range]],
+        edits: list[Edit],
+        refresh: Refresh,
+    ) -> bool:
+        """Whether the messages left, with `edits` made, will be found where they end now.
 
-        It would be believed then and hide all between, so what would be left is looked at first.
-        Raises `TemporaryFailure`.
+        A Content-Length that is false now may point at a message when others are gone, or are
+        longer. It would be believed then and hide all between, so what would be left is looked at
+        first. Raises `TemporaryFailure` where nothing but deleting is to be done.
         """
-        if not any(altered & REFUSED for altered in spans.altered):
-            return
+        refused = any(altered & REFUSED for altered in spans.altered)
+        if not self._store.form.lengths or not (refused or edits):
+            return True
+        first, pieces = edited(*left, edits)
         gone = set(rows)
         kept = [index for index in range(len(spans)) if index not in gone]
-        found = self._scan_ranges(left, refresh)
-        for have, had in ((found.checks, spans.checks), (found.sizes, spans.sizes)):
-            if list(have) != [had[index] for index in kept]:
-                raise TemporaryFailure(
-                    NOT_DELETED,
-                    f"{self._spool.path}: a Content-Length that is not true would join messages "
-                    "if others were deleted; say kind=mboxo, or remove that field",
-                )
+        found = self._scan_pieces([(0, first), *pieces], refresh)
+        if all(
+            list(have) == [had[index] for index in kept]
+            for have, had in ((found.checks, spans.checks), (found.sizes, spans.sizes))
+        ):
+            return True
+        why = f"{self._spool.path}: a Content-Length that is not true would join messages"
+        if not edits:
+            raise TemporaryFailure(
+                NOT_DELETED, f"{why} if others were deleted; say kind=mboxo, or remove that field"
+            )
+        log.warn("{why}: Status, or X-IMAPbase, is not written", why=why)
+        return False
 
-    def _keep_base(
-        self, spans: Spans, rows: list[int], kept: list[tuple[int, int]], refresh: Refresh
-    ) -> list[Piece]:
-        """`kept`, and the base of the UIDs where it would go with the file's first message.
+    def _keep_base(self, spans: Spans, rows: list[int], refresh: Refresh) -> list[Edit]:
+        """What to put in where the base of the UIDs would go with the file's first message.
 
         Other messages' ids are made of it, so it goes to the first one that stays, as Dovecot and
         c-client do. It takes no more octets than the message that held it leaves free.
         """
-        pieces: list[Piece] = list(kept)
-        if not self._store.uidl.wants_base or spans.hidden or rows[0] or len(rows) == len(spans):
-            return pieces
+        wanted = self._store.uidl.wants_base and not spans.hidden
+        if not wanted or not rows or rows[0] or len(rows) == len(spans):
+            return []
         base = base_in(self._spool, spans, refresh)
-        start, stop = kept[0]
-        place = spans.offset(next(index for index in range(len(spans)) if index not in rows))
-        # A folded line there, without a field before it, would become part of the base's field.
-        if base and self._spool.read(place, place + 1) not in (b" ", b"\t"):
-            rest = [(place, stop)] if place < stop else []
-            pieces[:1] = [(start, place), base.field, *rest]
-        return pieces
+        index = next(index for index in range(len(spans)) if index not in rows)
+        place = spans.offset(index)
+        if base and may_insert(self._spool.read(place, place + 1)):
+            return [Edit(spans.starts[index], place, place, base.field)]
+        return []
 
     def _set_times(self, has_new_mail: bool) -> None:
         """Keep "you have new mail" as true as it was: it is when atime is before mtime.

@@ -756,9 +756,9 @@ class Journal:
         """Replace all from offset `first` by the pieces `kept`, and sync it.
 
         Ranges among them are of the same file and lie behind `first`; all are fewer octets than
-        are there. `size` is the file's, in octets. `refresh` is called often; `held` right before
-        the commit: are the locks still ours? Raises `NotCommitted`, `Unfinished`, and `BadKey`
-        (nothing has changed).
+        are there. They begin where a message does: recovery has the format read them. `size` is
+        the file's, in octets. `refresh` is called often; `held` right before the commit: are the
+        locks still ours? Raises `NotCommitted`, `Unfinished`, and `BadKey` (nothing has changed).
         """
         kept = list(kept)
         if _length_of(kept, first, size) >= size - first:

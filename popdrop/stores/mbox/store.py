@@ -70,8 +70,8 @@ class MboxStore:
     it is not looked at; a spool of our own is always accepted. `max_messages` and `max_octets` (as
     stored) bound a maildrop, 0 does not. `bare_cr`: `space` sends a CR that ends no line as a
     blank. `journal_dir` is a folder for journals that cannot be made beside their spools; then, or
-    without it, they lie in `state_dir`/journal. `uidl` is that of `UidlForm`. Raises
-    `ConfigError`.
+    without it, they lie in `state_dir`/journal. `uidl` is that of `UidlForm`. `update_status`
+    writes `Status: RO` to what was retrieved, and needs `strip_headers`. Raises `ConfigError`.
     """
 
     def __init__(
@@ -87,6 +87,7 @@ class MboxStore:
         bare_cr: str = "keep",
         journal_dir: str = "",
         uidl: str = HASH_ONLY,
+        update_status: bool = False,
     ) -> None:
         if kind not in FORMS:
             raise ConfigError(f"kind={kind}: must be {_or(FORMS)}")
@@ -99,7 +100,10 @@ class MboxStore:
         self._owner_uid = None if owner in (None, "any") else _uid_of(str(owner))
         self.form = FORMS[kind]
         self.locks: tuple[str, ...] = tuple(name for name in KINDS if name in chosen)
+        if update_status and not strip_headers:
+            raise ConfigError("update-status=yes: needs strip-headers=yes, or sizes would change")
         self.uidl = UidlForm(uidl)
+        self.update_status = update_status
         self.strip = STRIPPED if strip_headers else frozenset()
         if bare_cr not in ("keep", "space"):
             raise ConfigError(f"bare-cr={bare_cr}: must be keep or space")
@@ -243,6 +247,7 @@ class MboxFactory:
         "(Status and the like are not sent), owner=NAME|any (default: the user), "
         "bare-cr=keep|space (what a CR that ends no line is sent as), "
         "uidl=x-uidl|x-uid|hash (unique-ids of the old server, in header fields), "
+        "update-status=yes|no (no: Status fields are left alone), "
         "max-messages=N, max-octets=N (0, the default: no limit), journal-dir=FOLDER (for journals "
         "that find no space beside the spool)."
     )
@@ -253,6 +258,7 @@ class MboxFactory:
         "owner",
         "bare-cr",
         "uidl",
+        "update-status",
         "max-messages",
         "max-octets",
         "journal-dir",
@@ -266,15 +272,13 @@ class MboxFactory:
             if name not in self.keywords:
                 allowed = ", ".join(self.keywords)
                 raise ConfigError(f"mbox: {name}= is not known; there are {allowed}")
-        strip = kwargs.get("strip-headers", "yes")
-        if strip not in ("yes", "no"):
-            raise ConfigError(f"strip-headers={strip}: must be yes or no")
         return MboxStore(
             args[0],
             state_dir,
             kind=kwargs.get("kind", "mboxrd"),
             locks=kwargs.get("locks", "fcntl,dot"),
-            strip_headers=strip == "yes",
+            strip_headers=_choice("strip-headers", "yes", kwargs),
+            update_status=_choice("update-status", "no", kwargs),
             owner=kwargs.get("owner"),
             uidl=kwargs.get("uidl", HASH_ONLY),
             max_messages=_count("max-messages", kwargs),
@@ -287,6 +291,13 @@ class MboxFactory:
 def _or(names: Iterable[str]) -> str:
     *most, last = names
     return f"{', '.join(most)} or {last}"
+
+
+def _choice(name: str, default: str, kwargs: dict[str, str]) -> bool:
+    text = kwargs.get(name, default)
+    if text not in ("yes", "no"):
+        raise ConfigError(f"{name}={text}: must be yes or no")
+    return text == "yes"
 
 
 def _count(name: str, kwargs: dict[str, str]) -> int:

@@ -1,0 +1,265 @@
+"""`update-status=yes`: Status fields of what was retrieved, and that nothing else changes."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+from collections.abc import Collection
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from twisted.trial.unittest import SynchronousTestCase
+
+from popdrop.errors import Busy, ConfigError, PermanentFailure, TemporaryFailure
+from popdrop.stores.mbox import locks as locks_module
+from popdrop.stores.mbox.journal import Files, Journals
+from popdrop.stores.mbox.status import Edit, as_read, edited
+from popdrop.stores.mbox.store import MboxFactory
+from tests import oracle_mbox
+from tests.test_mbox_drop import BOB, MboxCase, message
+from tests.test_mbox_uidl import BASE, numbered
+from tests.test_scan import FROM, mboxes
+
+
+def read(octets: bytes) -> bytes:
+    """A message with a field put in first."""
+    return octets.replace(b"\n", b"\nStatus: RO\n", 1)
+
+
+class EditTests(SynchronousTestCase):
+    def test_as_read(self) -> None:
+        for header, wanted in (
+            (b"A: b\n", b"Status: RO\nA: b\n"),
+            (b"", b"Status: RO\n"),
+            (b"A: b\nStatus: O\nC: d\n", b"A: b\nStatus: RO\nC: d\n"),
+            (b"status:\nC: d\n", b"Status: RO\nC: d\n"),
+            (b"A: b\r\nSTATUS: O\r\nC: d\r\n", b"A: b\r\nStatus: RO\r\nC: d\r\n"),
+            (b"A: b\nStatus: U\n\tfolded\n", b"A: b\nStatus: RO\n"),
+            (b"A: b\nStatus: O", b"A: b\nStatus: RO"),
+            (b"X-Status: R\n", b"Status: RO\nX-Status: R\n"),
+            (b"A: b\n Status: RO\n", b"Status: RO\nA: b\n Status: RO\n"),
+            (b"Status: RO\n", None),
+            (b"Status: R\nA: b\n", None),
+            (b"\tfolded\n", None),
+            (b" folded\n", None),
+        ):
+            for offset in (0, 77):
+                edit = as_read(0, header, offset, b"\n")
+                if edit is None:
+                    self.assertIsNone(wanted, header)
+                    continue
+                start, stop = edit.start - offset, edit.stop - offset
+                self.assertEqual(header[:start] + edit.text + header[stop:], wanted)
+        self.assertEqual(as_read(3, b"A: b\r\n", 5, b"\r\n"), Edit(3, 5, 5, b"Status: RO\r\n"))
+
+    @settings(deadline=None, derandomize=True, max_examples=300)
+    @given(st.binary(min_size=20, max_size=80), st.integers(0, 2**32))
+    def test_edited(self, octets: bytes, seed: int) -> None:
+        """The same as octet by octet."""
+        chance = random.Random(seed)
+        first, a, b, c, d = sorted(chance.sample(range(len(octets) + 1), 5))
+        kept = chance.choice([[(a, d)], [(a, b), (c, d)], []])
+        texts = {}
+        spots = [*range(chance.randint(0, first), first, 5)]
+        for start, stop in kept:
+            spots += range(start, stop, chance.randint(1, 9))
+        edits = []
+        for spot in sorted(chance.sample(spots, min(len(spots), 4))):
+            message = max(0, spot - 3)
+            edits.append(Edit(message, spot, spot + chance.randint(0, 1), b"<%d>" % spot))
+            texts[spot] = edits[-1]
+        stays = {*range(first), *(i for start, stop in kept for i in range(start, stop))}
+        wanted = b""
+        for i in sorted(stays):
+            edit = texts.get(i)
+            wanted += edit.text if edit else b""
+            if not edit or edit.stop == i:
+                wanted += octets[i : i + 1]
+        begin, pieces = edited(first, kept, edits)
+        found = octets[:begin] + b"".join(
+            piece if isinstance(piece, bytes) else octets[slice(*piece)] for piece in pieces
+        )
+        self.assertEqual(found, wanted)
+        self.assertEqual(begin, min([first, *(edit.message for edit in edits[:1])]))
+
+
+class StatusCase(MboxCase):
+    options = {"update_status": True}
+
+    def session(self, deleted: Collection[int], seen: Collection[int]) -> None:
+        drop = self.store.open(BOB)
+        try:
+            drop.commit(deleted, seen)
+        finally:
+            drop.release()
+        self.no_litter()
+
+
+class StatusTests(StatusCase):
+    def test_marked(self) -> None:
+        """Those that were retrieved, in place; the others are left as they are."""
+        self.write(message(1) + message(2) + message(3))
+        inode = os.stat(self.path).st_ino
+        self.session((), (1,))
+        self.assertEqual(self.spool(), message(1) + read(message(2)) + message(3))
+        self.session((), (1, 0))
+        self.assertEqual(self.spool(), read(message(1)) + read(message(2)) + message(3))
+        self.assertEqual(os.stat(self.path).st_ino, inode)
+
+    def test_nothing_to_do(self) -> None:
+        """No write, where it is marked already, or nothing was retrieved."""
+        octets = self.write(read(message(1)) + message(2))
+        before = os.stat(self.path)
+        for deleted, seen in (((), ()), ((), (0,))):
+            self.session(deleted, seen)
+        self.assertEqual(self.spool(), octets)
+        self.assertEqual(os.stat(self.path).st_mtime_ns, before.st_mtime_ns)
+
+    def test_not_without_the_option(self) -> None:
+        octets = self.write(message(1) + message(2))
+        drop = self.opened(self.make())
+        self.assertFalse(drop.wants_seen)
+        drop.commit((), (0,))
+        drop.commit((0,), (1,))
+        self.assertEqual(self.spool(), octets[len(message(1)) :])
+
+    def test_with_a_deletion(self) -> None:
+        """In one update, whether or not the spool becomes shorter."""
+        for deleted, seen, wanted in (
+            ((1,), (0, 2), read(message(0)) + read(message(2)) + message(3)),
+            ((0,), (1, 2, 3), b"".join(map(read, map(message, range(1, 4))))),
+            ((3,), (0,), read(message(0)) + message(1) + message(2)),
+            ((0, 2), (0, 3), message(1) + read(message(3))),
+        ):
+            self.write(b"".join(map(message, range(4))))
+            self.session(deleted, seen)
+            self.assertEqual(self.spool(), wanted)
+
+    def test_with_the_base_of_uids(self) -> None:
+        self.store = self.make(update_status=True, uidl="x-uid")
+        self.write(numbered(1, BASE) + numbered(2) + message(3))
+        self.session((0,), (1, 2))
+        second = FROM + BASE + numbered(2)[len(FROM) :].replace(b"Status: O", b"Status: RO")
+        self.assertEqual(self.spool(), second + read(message(3)))
+
+    def test_new_mail(self) -> None:
+        """That came during the session stays behind, unread."""
+        self.write(message(1) + message(2))
+        drop = self.opened()
+        self.append(message(3))
+        drop.commit((), (0, 1))
+        found = os.stat(self.path)
+        self.assertLess(found.st_atime_ns, found.st_mtime_ns)
+        self.assertEqual(self.spool(), read(message(1)) + read(message(2)) + message(3))
+
+    def test_rewritten_meanwhile(self) -> None:
+        """A message that is not found again is not marked; a deletion is done all the same."""
+        self.write(message(1) + message(2) + message(3))
+        drop = self.opened()
+        self.write(message(2) + message(9))
+        drop.commit((1,), (0, 2))
+        self.assertEqual(self.spool(), message(9))
+        drop.release()
+        self.write(message(1) + message(2))
+        drop = self.opened()
+        self.write(message(9) + message(2))
+        drop.commit((), (1,))
+        self.assertEqual(self.spool(), message(9) + read(message(2)))
+
+    def test_with_an_index(self) -> None:
+        """A large spool: the next session sees the new places, and the same ids and sizes."""
+        mails = [message(number, b"body\n" * 20_000) for number in range(4)]
+        self.write(b"".join(mails))
+
+        def seen(deleted: Collection[int], read: Collection[int]) -> list[tuple[int, bytes]]:
+            drop = self.make(**self.options).open(BOB)
+            drop.identify()
+            rows = [(drop.listing.size(i), drop.listing.uid(i)) for i in range(len(drop.listing))]
+            drop.commit(deleted, read)
+            drop.release()
+            return rows
+
+        wanted = seen((), ())
+        self.assertEqual(seen((), (0, 2)), wanted)
+        self.assertEqual(seen((1,), (3,)), wanted)
+        del wanted[1]
+        self.assertEqual(seen((), ()), wanted)
+        self.assertEqual(self.spool(), b"".join(map(read, [mails[0], *mails[2:]])))
+
+    def test_no_empty_line_at_the_end(self) -> None:
+        """Mail that comes during a crash would not stand behind one: nothing grows then."""
+        octets = self.write(message(1) + message(2)[:-1])
+        self.session((), (0,))
+        self.assertEqual(self.spool(), octets)
+        self.session((0,), (1,))
+        self.assertEqual(self.spool(), read(message(2)[:-1]))
+
+    def test_refused(self) -> None:
+        self.assertRaises(ConfigError, self.make, update_status=True, strip_headers=False)
+        factory = MboxFactory()
+        for text, wanted in (("yes", True), ("no", False)):
+            keywords = {"update-status": text}
+            store = factory.make(None, self.state, "/mail/{user}", **keywords)
+            self.assertEqual(store.update_status, wanted)
+        keywords = {"update-status": "maybe"}
+        error = self.assertRaises(
+            ConfigError, factory.make, None, self.state, "/mail/{user}", **keywords
+        )
+        self.assertIn("yes or no", str(error))
+        self.write(message(1))
+        drop = self.opened()
+        self.assertRaises(IndexError, drop.commit, (), (1,))
+        self.assertRaises(IndexError, drop.commit, (), (-1,))
+
+    def test_busy_and_read_only(self) -> None:
+        octets = self.write(message(1))
+        drop = self.opened()
+        with locks_module.SpoolLocks(-1, self.path, ("dot",), True):
+            self.assertRaises(Busy, drop.commit, (), (0,))
+        drop._read_only = "for a test"
+        self.assertRaises(PermanentFailure, drop.commit, (), (0,))
+        self.assertEqual(self.spool(), octets)
+
+    def test_no_space(self) -> None:
+        """The deletion is done without the marks; marks alone are an error, and no harm."""
+
+        class Full(Files):
+            """No file may be made, and none may grow."""
+
+            @staticmethod
+            def pwrite(fd: int, octets: bytes, offset: int) -> int:  # type: ignore[override]
+                if offset + len(octets) > os.fstat(fd).st_size and path_of(fd) == self.path:
+                    raise OSError(errno.ENOSPC, "no space")
+                return os.pwrite(fd, octets, offset)
+
+        def path_of(fd: int) -> str:
+            return os.readlink(f"/proc/self/fd/{fd}")
+
+        self.store.journals = Journals(self.state, Full())
+        tiny = FROM + b"\n\n"
+        octets = self.write(tiny + b"".join(map(message, range(20))))
+        self.assertRaises(TemporaryFailure, self.session, (), range(3, 20))
+        self.assertEqual(self.spool(), octets)
+        self.session((0,), range(1, 20))
+        self.assertEqual(self.spool(), octets[len(tiny) :])
+
+    @settings(max_examples=200, deadline=None, derandomize=True)
+    @given(octets=mboxes, seed=st.integers(0, 2**32), settled=st.booleans())
+    def test_any_spool(self, octets: bytes, seed: int, settled: bool) -> None:
+        """What is sent, sizes and ids stay, whatever the mail; no message is lost or doubled."""
+        octets = FROM + octets
+        chance = random.Random(seed)
+        before = oracle_mbox.read(octets)
+        rows = [i for i in range(len(before)) if chance.random() < 0.3]
+        seen = [i for i in range(len(before)) if chance.random() < 0.5]
+        self.write(octets, settled=settled)
+        self.session(rows, seen)
+        after = oracle_mbox.read(self.spool())
+        left = [i for i in range(len(before)) if i not in rows]
+        stays = [before[i] for i in left]
+        self.assertEqual([each.sent for each in after], [each.sent for each in stays])
+        self.assertEqual([each.uid for each in after], [each.uid for each in stays])
+        for i, each in zip(left, after, strict=True):
+            if i not in seen:
+                self.assertEqual(each.stored, before[i].stored)
