@@ -202,7 +202,7 @@ class IndexTests(UidlCase):
     """Spools that are large enough for an index."""
 
     def octets(self) -> list[bytes]:
-        return [mail(i, b"X-UIDL: abcdefghijk%d\n" % i, b"body\n" * 20_000) for i in range(3)]
+        return [mail(i, b"X-UIDL: abcdefghijk%d\n" % i, b"body\n" * 40_000) for i in range(3)]
 
     def test_ids_go_on(self) -> None:
         """Mail that comes later has no id twice, whatever its header says."""
