@@ -9,15 +9,19 @@ from collections.abc import Collection
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import capturedLogs
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import Busy, ConfigError, PermanentFailure, TemporaryFailure
 from popdrop.stores.mbox import locks as locks_module
 from popdrop.stores.mbox.journal import Files, Journals
+from popdrop.stores.mbox.kinds import FORMS, LOOK_BACK
 from popdrop.stores.mbox.status import Edit, as_read, edited
 from popdrop.stores.mbox.store import MboxFactory
 from tests import oracle_mbox
+from tests.test_kinds import PSEUDO, SEP, anything, kinds
 from tests.test_mbox_drop import BOB, MboxCase, message
+from tests.test_mbox_kinds import cl2, mmdf
 from tests.test_mbox_uidl import BASE, numbered
 from tests.test_scan import FROM, mboxes
 
@@ -263,3 +267,226 @@ class StatusTests(StatusCase):
         for i, each in zip(left, after, strict=True):
             if i not in seen:
                 self.assertEqual(each.stored, before[i].stored)
+
+
+class KindsTests(StatusCase):
+    """In spools of every kind."""
+
+    SPOOLS = (
+        ("mboxrd", [message(1), message(2), message(3)], message(4)),
+        ("mboxo", [message(1), message(2), message(3)], message(4)),
+        ("mboxcl", [cl2(1), cl2(2), cl2(3)], cl2(4)),
+        ("mboxcl2", [cl2(1), cl2(2), cl2(3)], cl2(4)),
+        ("auto", [cl2(1), cl2(2), cl2(3)], cl2(4)),
+        ("auto", [mmdf(1), mmdf(2, FROM), mmdf(3)], mmdf(4)),
+        ("mmdf", [mmdf(1), mmdf(2, FROM), mmdf(3)], mmdf(4)),
+    )
+
+    @staticmethod
+    def marked(one: bytes) -> bytes:
+        return one.replace(b"Subject", b"Status: RO\nSubject", 1)
+
+    def seen(self, kind: str) -> list[tuple[int, bytes]]:
+        """Sizes and ids as a session of a server without index gives them."""
+        self.store = self.make(kind=kind, **self.options)
+        drop = self.store.open(BOB)
+        drop.identify()
+        found = [(drop.listing.size(i), drop.listing.uid(i)) for i in range(len(drop.listing))]
+        drop.release()
+        return found
+
+    def test_marked(self) -> None:
+        """Nothing else changes: octets, sizes, ids, and what another reader finds."""
+        for kind, (one, two, three), new in self.SPOOLS:
+            for settled in (True, False):
+                for deleted, read, more, wanted in (
+                    ((), (1,), b"", one + self.marked(two) + three),
+                    ((), (0, 1, 2), b"", b"".join(map(self.marked, (one, two, three)))),
+                    ((), (0, 2), new, self.marked(one) + two + self.marked(three) + new),
+                    ((0,), (1, 2), b"", self.marked(two) + self.marked(three)),
+                    ((1,), (0,), new, self.marked(one) + three + new),
+                    ((2,), (0,), b"", self.marked(one) + two),
+                ):
+                    self.write(one + two + three, settled=settled)
+                    before = [row for i, row in enumerate(self.seen(kind)) if i not in deleted]
+                    drop = self.store.open(BOB)
+                    self.append(more)
+                    drop.commit(deleted, read)
+                    drop.release()
+                    self.no_litter()
+                    self.assertEqual(self.spool(), wanted, kind)
+                    self.assertEqual(self.seen(kind)[: len(before)], before)
+                    there = oracle_mbox.read(wanted, kind == "mboxrd", kind=kind)
+                    uids = [uid for _, uid in before]
+                    self.assertEqual([each.uid for each in there][: len(before)], uids)
+                    self.assertEqual(len(there), len(before) + bool(more))
+
+    def test_pseudo_message_stays(self) -> None:
+        for kind, pseudo, one in (
+            ("mmdf", SEP + PSEUDO + SEP, mmdf(1)),
+            ("auto", SEP + PSEUDO + SEP, mmdf(1)),
+            ("auto", PSEUDO, cl2(1)),
+        ):
+            self.store = self.make(kind=kind, **self.options)
+            self.write(pseudo + one)
+            self.session((), (0,))
+            self.assertEqual(self.spool(), pseudo + self.marked(one))
+
+    def test_mmdf_without_its_last_line(self) -> None:
+        """Mail that comes during a crash would become part of the message: nothing grows then."""
+        for kind in ("mmdf", "auto"):
+            self.store = self.make(kind=kind, **self.options)
+            octets = self.write(mmdf(1) + mmdf(2).replace(b"From you\n\n" + SEP, b"From you\n"))
+            self.session((), (0,))
+            self.assertEqual(self.spool(), octets)
+            self.session((0,), (1,))
+            self.assertEqual(self.spool(), self.marked(octets[len(mmdf(1)) :]))
+
+    def test_a_length_that_a_field_would_make_true(self) -> None:
+        """It would hide the message that was marked: that stays as it is, and the log says why."""
+        first, kept, last = cl2(1, b"a\n"), cl2(2), cl2(3)
+        reach = len(b"a\n\n" + kept + b"Status: RO\n")
+        false = first.replace(b"Length: 2", b"Length: %d" % reach)
+        octets = false + kept + last + cl2(4)
+        for kind in ("mboxcl", "mboxcl2", "auto"):
+            for settled in (True, False):
+                self.store = self.make(kind=kind, **self.options)
+                self.write(octets, settled=settled)
+                with capturedLogs() as logs:
+                    self.session((), (1,))
+                self.assertIn("kind=mboxo", next(each for each in logs if "what" in each)["what"])
+                self.assertEqual(self.spool(), octets)
+                self.session((3,), (1,))
+                self.assertEqual(self.spool(), false + kept + last)
+                self.session((), (2, 0))
+                self.assertEqual(self.spool(), self.marked(false) + kept + self.marked(last))
+
+    def test_a_length_that_mail_made_true(self) -> None:
+        """What is no message any more is not marked as one."""
+        kept, new = cl2(2), cl2(3)
+        reach = b"Length: %d" % (len(b"a\n\n") + len(kept + new))
+        false = cl2(1, b"a\n").replace(b"Length: 2", reach)
+        for settled in (True, False):
+            self.store = self.make(kind="mboxcl2", **self.options)
+            self.write(false + kept, settled=settled)
+            drop = self.store.open(BOB)
+            self.assertEqual(len(drop.listing), 2)
+            self.append(new + cl2(4))
+            drop.commit((), (1,))
+            drop.release()
+            self.assertEqual(self.spool(), false + kept + new + cl2(4))
+
+    def test_a_file_that_is_none_any_more(self) -> None:
+        self.store = self.make(kind="mboxcl2", **self.options)
+        self.write(cl2(1))
+        drop = self.opened()
+        self.write(b"no mail\n")
+        self.assertRaises(TemporaryFailure, drop.commit, (), (0,))
+        self.assertEqual(self.spool(), b"no mail\n")
+
+    def crash(self, kind: str, octets: bytes) -> None:
+        """In the middle of a QUIT that marks all: room is made, nothing else can be written."""
+        files = Files()
+        written: list[int] = []
+
+        def pwrite(fd: int, octets: bytes, offset: int) -> int:
+            if os.path.samestat(os.fstat(fd), os.stat(self.path)):
+                written.append(offset)
+            if len(written) > 1:
+                raise OSError(errno.EIO, "why")
+            return os.pwrite(fd, octets, offset)
+
+        files.pwrite = pwrite  # type: ignore[method-assign, assignment]
+        self.write(octets)
+        store = self.make(kind=kind, **self.options)
+        store.journals = Journals(self.state, files)
+        drop = store.open(BOB)
+        self.assertRaises(TemporaryFailure, drop.commit, (), (0, 1, 2))
+        drop.release()
+        self.assertEqual(self.spool()[: len(octets)], octets)
+        self.assertEqual(self.spool()[len(octets) :].strip(b"\n"), b"")
+        self.assertGreater(len(self.spool()), len(octets))
+
+    def test_ended_after_a_crash(self) -> None:
+        """Mail that came behind the room stays, and begins where mail of that kind may."""
+        for kind, parts, new in self.SPOOLS:
+            for more in (b"", new):
+                self.crash(kind, b"".join(parts))
+                self.append(more)
+                wanted = b"".join(map(self.marked, parts)) + more
+                before = len(oracle_mbox.read(wanted, kind=kind))
+                self.assertEqual(len(self.seen(kind)), before)
+                self.assertEqual(self.spool(), wanted, kind)
+                self.no_litter()
+
+    def test_rewritten_after_a_crash(self) -> None:
+        """What another program's file lacks is appended, once, and whole."""
+        folder = os.path.dirname(self.path)
+        for kind, (one, two, three), new in self.SPOOLS:
+            self.crash(kind, one + two + three)
+            os.rename(self.path, self.path + ".old")
+            self.write(self.marked(two) + new)
+            os.unlink(self.path + ".old")
+            self.assertEqual(len(self.seen(kind)), 4)
+            wanted = self.marked(two) + new + self.marked(one) + self.marked(three)
+            self.assertEqual(self.spool(), wanted, kind)
+            for name in os.listdir(folder):
+                os.unlink(os.path.join(folder, name))
+
+    @settings(max_examples=400, deadline=None, derandomize=True)
+    @given(
+        octets=anything,
+        kind=kinds,
+        seed=st.integers(0, 2**32),
+        settled=st.booleans(),
+        based=st.booleans(),
+        more=st.booleans(),
+    )
+    def test_any_spool(
+        self, octets: bytes, kind: str, seed: int, settled: bool, based: bool, more: bool
+    ) -> None:
+        """With deletions, new mail, and a base that goes to the next message."""
+
+        def read(octets: bytes) -> list[oracle_mbox.Message]:
+            return oracle_mbox.read(octets, kind == "mboxrd", kind=kind)
+
+        try:
+            before = read(octets)
+            if based and before:
+                place = before[0].start + len(before[0].opening + before[0].from_line)
+                octets = octets[:place] + BASE + octets[place:]
+                before = read(octets)
+        except oracle_mbox.Corrupt:
+            return
+        chance = random.Random(seed)
+        rows = [i for i in range(len(before)) if chance.random() < 0.3]
+        seen = [i for i in range(len(before)) if chance.random() < 0.5]
+        self.store = self.make(kind=kind, uidl="x-uid" if based else "hash", **self.options)
+        self.write(octets, settled=settled)
+        drop = self.opened()
+        if chance.random() < 0.5:
+            drop.identify()
+        new = b""
+        if more and before:
+            new = mmdf(9, FROM) if before[0].opening else cl2(9, b"new\n")
+            new = FORMS[kind].between(octets[-LOOK_BACK:], new) + new
+            self.append(new)
+        try:
+            drop.commit(rows, seen)
+        except TemporaryFailure:
+            self.assertEqual(self.spool(), octets + new)
+            self.assertTrue(more or b"content-length:" in octets.lower())
+            return
+        finally:
+            drop.release()
+            self.no_litter()
+        stays = [(i in seen, each) for i, each in enumerate(before) if i not in rows]
+        after = read(self.spool())
+        self.assertEqual(len(after), len(stays) + bool(new))
+        for place, (each, (may_change, old)) in enumerate(zip(after, stays, strict=False)):
+            self.assertEqual((each.uid, each.sent), (old.uid, old.sent))
+            self.assertEqual((each.opening, each.from_line), (old.opening, old.from_line))
+            if not may_change:
+                put_in = BASE if each.stored != old.stored and not place and 0 in rows else b""
+                ended = b"\n" if new and not old.stored.endswith(b"\n") else b""
+                self.assertIn(each.stored, (put_in + old.stored, put_in + old.stored + ended))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import random
-from collections.abc import Collection
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,6 +15,7 @@ from popdrop.stores.mbox import identity as identity_module
 from popdrop.stores.mbox.identity import LONGEST_HEADER
 from popdrop.stores.mbox.store import MboxFactory
 from tests import oracle_mbox
+from tests.test_kinds import SEP
 from tests.test_mbox_drop import BOB, MboxCase
 from tests.test_scan import FROM, mboxes
 
@@ -40,9 +42,11 @@ def dovecot(*uids: int) -> list[bytes]:
 
 
 class UidlCase(MboxCase):
+    kind = "mboxrd"
+
     def session(self, deleted: Collection[int] = (), form: str = "x-uid") -> list[bytes]:
         """The ids of one session, which deletes some at its end."""
-        drop = self.make(uidl=form).open(BOB)
+        drop = self.make(uidl=form, kind=self.kind).open(BOB)
         try:
             found = self.uids(drop)
             drop.commit(deleted)
@@ -52,7 +56,7 @@ class UidlCase(MboxCase):
         return found
 
     def hashes(self) -> list[bytes]:
-        return [each.uid for each in oracle_mbox.read(self.spool())]
+        return [each.uid for each in oracle_mbox.read(self.spool(), kind=self.kind)]
 
 
 class XUidlTests(UidlCase):
@@ -196,6 +200,103 @@ class XUidTests(UidlCase):
         self.assertEqual([m.sent for m in after], [m.sent for m in stays])
         self.assertEqual([m.digest for m in after], [m.digest for m in stays])
         self.assertLessEqual(self.spool().count(BASE), octets.count(BASE))
+
+
+class KindsTests(UidlCase):
+    """The same in MMDF spools, with From_ lines and without, and where lengths are believed."""
+
+    INNER = b"body\n\n" + FROM + b"X-UIDL: of-no-message\nX-UID: 9\n\nmore\n"
+
+    def mmdf(self, number: int, fields: bytes = b"", from_line: bytes = b"") -> bytes:
+        return SEP + from_line + fields + b"Subject: %d\n\nbody\n\n" % number + SEP
+
+    def cl2(self, number: int, fields: bytes = b"") -> bytes:
+        length = b"Content-Length: %d\n" % len(self.INNER)
+        return FROM + fields + length + b"Subject: %d\n\n%s\n" % (number, self.INNER)
+
+    def each(self) -> Iterator[Callable[..., bytes]]:
+        """Sets the kind; gives what makes its messages, with fields that come first."""
+        for kind, make in (
+            ("mmdf", self.mmdf),
+            ("auto", self.mmdf),
+            ("mmdf", partial(self.mmdf, from_line=FROM)),
+            ("auto", self.cl2),
+            ("mboxcl", self.cl2),
+            ("mboxcl2", self.cl2),
+        ):
+            self.kind = kind
+            yield make
+
+    def test_x_uidl(self) -> None:
+        for make in self.each():
+            parts = [make(i, b"X-UIDL: abcdefghijk%d\n" % i) for i in range(3)]
+            self.write(b"".join([*parts, make(3)]))
+            wanted = [*(b"abcdefghijk%d" % i for i in range(3)), self.hashes()[3]]
+            self.assertEqual(self.session((0, 2), "x-uidl"), wanted)
+            self.assertEqual(self.spool(), parts[1] + make(3))
+            self.assertEqual(self.session((), "x-uidl"), [wanted[1], wanted[3]])
+
+    def test_x_uid(self) -> None:
+        """The base goes on to the next message, before its other fields."""
+        for make in self.each():
+            uids = [b"X-UID: %d\n" % uid for uid in range(4)]
+            self.write(make(1, BASE + uids[1]) + make(2, uids[2]) + make(3, uids[3]) + make(4))
+            wanted = [*dovecot(1, 2, 3), self.hashes()[3]]
+            self.assertEqual(self.session((0, 2)), wanted)
+            self.assertEqual(self.spool(), make(2, BASE + uids[2]) + make(4))
+            self.assertEqual(self.session((0,)), [wanted[1], wanted[3]])
+            self.assertEqual(self.spool(), make(4, BASE))
+            self.assertEqual(self.session((0,)), [wanted[3]])
+            self.assertEqual(self.spool(), b"")
+
+    def test_base_in_the_pseudo_message(self) -> None:
+        for make in self.each():
+            pseudo = PSEUDO
+            if make != self.cl2:
+                # c-client's has a From_ line; MMDF's own programs write none.
+                without = SEP + PSEUDO[len(FROM) :] + SEP
+                pseudo = without if make == self.mmdf else b"\n" + SEP + SEP + PSEUDO + SEP
+            two = make(2, b"X-UID: 2\n")
+            self.write(pseudo + make(1, b"X-UID: 1\n") + two)
+            self.assertEqual(self.session((0,)), dovecot(1, 2))
+            self.assertEqual(self.session(), dovecot(2))
+            self.assertEqual(self.spool(), pseudo + two)
+
+    def test_base_does_not_hide_the_next_message(self) -> None:
+        """By c-client's own name for it, and another mark, that would be a pseudo message."""
+        marked = mail(2, b"X-UID: 2\nFrom: Mail System Internal Data\n")
+        self.write(numbered(1, BASE.replace(b"base", b"")) + marked)
+        self.assertEqual(self.session((0,)), dovecot(1, 2))
+        self.assertEqual(self.spool(), FROM + BASE + marked[len(FROM) :])
+        self.assertEqual(self.session(), dovecot(2))
+
+    def test_headers_end_with_the_message(self) -> None:
+        """What stands in the next one is none of its fields."""
+        self.kind = "mmdf"
+        self.write(SEP + b"Subject: 1\n" + SEP + b"X-UIDL: abcdefghijklm\n" + SEP)
+        self.assertEqual(self.session((), "x-uidl"), [self.hashes()[0], b"abcdefghijklm"])
+
+    def test_another_kind_is_another_index(self) -> None:
+        body = b"body\n" * 60_000
+        mails = [mail(1, b"X-UIDL: abcdefghijklm\nContent-Length: 7\n", body), mail(2, b"", body)]
+        self.write(b"".join(mails))
+        for form in ("x-uidl", "hash"):
+            for self.kind in ("mboxrd", "mboxcl", "mboxo", "auto"):
+                reused = [b"abcdefghijklm"] if form == "x-uidl" else self.hashes()[:1]
+                self.assertEqual(self.session((), form), [*reused, self.hashes()[1]])
+
+    def test_found_again(self) -> None:
+        """After another program's rewriting, by the reused ids."""
+        for make in self.each():
+            old = [make(i, b"X-UIDL: abcdefghijk%d\n" % i) for i in range(3)]
+            new = [make(i, b"X-UIDL: abcdefghijk%d\nStatus: O\n" % i) for i in range(3)]
+            self.write(b"".join(old))
+            drop = self.make(uidl="x-uidl", kind=self.kind).open(BOB)
+            drop.identify()
+            self.write(b"".join(new[1:]))
+            drop.commit([2])
+            drop.release()
+            self.assertEqual(self.spool(), new[1])
 
 
 class IndexTests(UidlCase):

@@ -19,7 +19,9 @@ from popdrop.stores.mbox import drop as drop_module
 from popdrop.stores.mbox import locks as locks_module
 from popdrop.stores.mbox.drop import MboxDrop
 from popdrop.stores.mbox.journal import Files, Journals
+from popdrop.stores.mbox.kinds import FORMS
 from popdrop.stores.mbox.locks import STALE_AFTER, TOUCH_EVERY, DotLock
+from popdrop.stores.uidlform import UidlForm
 from tests.test_mbox_drop import MboxCase, message
 
 LIMIT = 2 * TOUCH_EVERY
@@ -72,12 +74,18 @@ class SlowFiles(Files):
     def __init__(self, clock: Clock) -> None:
         self.clock = clock
         self.failing = ""
+        self.roomy = False
+        """Whether room was made by the last write."""
 
     def pread(self, fd: int, count: int, offset: int) -> bytes:  # type: ignore[override]
         return os.pread(fd, count, offset)  # the slow one, see below
 
     def pwrite(self, fd: int, octets: bytes, offset: int) -> int:  # type: ignore[override]
         self.clock.spend(len(octets))
+        if self.failing == "overwrite" and octets != b"\n" * len(octets) and self.roomy:
+            self.failing = ""
+            raise OSError(errno.EIO, "failed")
+        self.roomy = octets == b"\n" * len(octets)
         return os.pwrite(fd, octets, offset)
 
     def ftruncate(self, fd: int, size: int) -> None:  # type: ignore[override]
@@ -176,6 +184,66 @@ class RefreshTests(MboxCase):
             drop.commit(range(0, len(messages), 2))
             self.check()
             drop.release()
+
+    def test_ids_of_another_server(self) -> None:
+        """Headers are read: many short ones, and one that does not end for long."""
+        self.store.uidl = UidlForm("x-uidl,x-uid")
+        base = b"X-IMAPbase: 1 999999\nX-UID: 1\n"
+        huge = b"X-A: %070d\n" % 0 * (1 << 14)
+        for messages in (
+            self.many(),
+            [message(n).replace(b"\n", b"\n" + huge, 1) for n in range(9)],
+        ):
+            messages[0] = messages[0].replace(b"\n", b"\n" + base, 1)
+            drop = self.put(messages)
+            os.utime(self.path, ns=(0, 0))
+            self.clock.marks.clear()
+            drop.identify()
+            self.check()
+            os.utime(self.path, ns=(1, 1))
+            changed = [m.replace(b"\nSubject", b"\nStatus: RO\nSubject", 1) for m in messages]
+            self.write(b"".join(changed))
+            drop.commit(range(0, len(messages), 2))
+            self.check()
+            drop.release()
+
+    def test_marks(self) -> None:
+        """Status fields put in, with deletions and without, by every kind of look before."""
+        self.store.update_status = True
+        for kind in ("mboxrd", "mboxcl2"):
+            self.store.form = FORMS[kind]
+            for messages in (self.large(), self.many()):
+                for deleted in ([], [5]):
+                    for settled in (True, False):
+                        drop = self.put(messages)
+                        if not settled:
+                            drop._settled = False
+                        self.clock.marks.clear()
+                        drop.commit(deleted, range(0, len(messages), 2))
+                        self.check()
+                        drop.release()
+                        self.assertEqual(
+                            self.spool().count(b"Status: RO"), (len(messages) + 1) // 2
+                        )
+
+    def crashed_while_growing(self, failing: str) -> list[bytes]:
+        self.store.update_status = True
+        messages = self.large()
+        drop = self.put(messages)
+        self.files.failing = failing
+        self.assertRaises(TemporaryFailure, drop.commit, [], range(20))
+        self.assertEqual(self.files.failing, "")
+        drop.release()
+        self.clock.marks.clear()
+        return messages
+
+    def test_recovery_of_marks(self) -> None:
+        """Ended where room was made; taken back where it was not."""
+        messages = self.crashed_while_growing("overwrite")
+        new = message(200, (b"y" * 76 + b"\n") * (1 << 17))
+        self.append(new)
+        marked = [m.replace(b"\n", b"\nStatus: RO\n", 1) for m in messages]
+        self.recover([*marked, new])
 
     def crashed(self, failing: str, row: int = 0) -> None:
         """A QUIT that deletes one of the large messages fails when its journal is there."""

@@ -191,8 +191,8 @@ class XUidTests(SynchronousTestCase):
     def test_base(self) -> None:
         for header, wanted in (
             (b"X-IMAPbase: 12 0000000034\n", (12, 34, b"X-IMAPbase: 12 0000000034\n")),
-            (b"A: b\nx-imap: 12 34\n", (12, 34, b"x-imap: 12 34\n")),
-            (b"X-IMAP: 12 34 a\n  b\nC: d\n", (12, 34, b"X-IMAP: 12 34 a\n  b\n")),
+            (b"A: b\nx-imap: 12 34\n", (12, 34, b"X-IMAPbase: 12 34\n")),
+            (b"X-IMAP: 12 34 a\n  b\nC: d\n", (12, 34, b"X-IMAPbase: 12 34 a\n  b\n")),
             (b"X-IMAPbase: 12 34\r\nA: b\r\n", (12, 34, b"X-IMAPbase: 12 34\r\n")),
             (b"X-IMAPbase: 1\nX-IMAPbase: 12 34", (12, 34, b"X-IMAPbase: 12 34\n")),
             (b"X-IMAPbase: 4294967295 0\n", (4294967295, 0, b"X-IMAPbase: 4294967295 0\n")),

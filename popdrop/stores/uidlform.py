@@ -46,7 +46,8 @@ class Base(NamedTuple):
     """What `X-IMAPbase` or `X-IMAP` says of all UIDs of a file (c-client, Dovecot).
 
     `validity` is the UIDVALIDITY of RFC 3501, `last` the highest UID given out so far. `field` is
-    the header field as it stands, its line end with it.
+    the header field as it stands, its line end with it, but always by the name `X-IMAPbase`:
+    `X-IMAP` is a mark of c-client's pseudo message, which is hidden.
     """
 
     validity: int
@@ -61,7 +62,7 @@ def base_of(header: bytes) -> Base | None:
         if numbers:
             validity, last = int(numbers[1]), int(numbers[2])
             if 0 < validity <= _LARGEST and last <= _LARGEST:
-                return Base(validity, last, found[0][1:] + b"\n")
+                return Base(validity, last, b"X-IMAPbase:" + found[1] + b"\n")
     return None
 
 

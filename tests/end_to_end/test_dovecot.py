@@ -6,32 +6,41 @@ import os
 import poplib
 import pwd
 import subprocess
+from pathlib import Path
 
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from tests.end_to_end.clients import need
 from tests.end_to_end.harness import DEADLINE, Folder, Twistd, mail
+from tests.end_to_end.mtas import Missing, find
 
-CONFIGURATION = """
-mail_location = mbox:{home}/mail:INBOX={spool}:INDEX=MEMORY
-pop3_uidl_format = {form}
-log_path = /dev/stderr
-base_dir = {home}/run
-state_dir = {home}/state
-mbox_read_locks = fcntl
-mbox_write_locks = fcntl
-mail_privileged_group =
-ssl = no
-"""
+LIBRARIES = "usr/lib/dovecot/libdovecot.so.0"
+POP3 = "usr/lib/dovecot/pop3"
 
-POP3 = "/usr/lib/dovecot/pop3"
+
+def settings(home: Path, spool: Path, form: str) -> dict[str, str]:
+    """Dovecot's, as its own `doveconf` gives them to the programs that it starts."""
+    return {
+        "DOVECONF_ENV": "1",
+        "MAIL_LOCATION": f"mbox:{home}/mail:INBOX={spool}:INDEX=MEMORY",
+        "POP3_UIDL_FORMAT": form,
+        "LOG_PATH": "/dev/stderr",
+        "BASE_DIR": f"{home}/run",
+        "STATE_DIR": f"{home}/state",
+        "MBOX_READ_LOCKS": "fcntl",
+        "MBOX_WRITE_LOCKS": "fcntl",
+        "SSL": "no",
+    }
 
 
 class DovecotTests(SynchronousTestCase):
     """Dovecot serves nothing as root, so a spool is given to `nobody` for its sessions."""
 
     def setUp(self) -> None:
-        need(POP3, "dovecot-pop3d")
+        try:
+            self.program = find("dovecot-pop3d", POP3)
+            self.libraries = find("dovecot-core", LIBRARIES).parent
+        except Missing as missing:
+            raise SkipTest(str(missing)) from None
         self.folder = Folder(self)
         self.folder.add("bob", "hunter2")
         self.spool = self.folder.spool("bob", b"".join(mail(i) for i in range(5)))
@@ -46,16 +55,18 @@ class DovecotTests(SynchronousTestCase):
 
     def dovecot(self, form: str, *commands: str) -> list[str]:
         """The ids of a session of Dovecot's, without any index of an earlier one."""
-        configuration = self.home / "dovecot.conf"
-        configuration.write_text(
-            CONFIGURATION.format(home=self.home, spool=self.spool, form=form), "ascii"
-        )
         self.give(self.uid, self.gid)
         rights = {"user": self.uid, "group": self.gid, "extra_groups": []}
         done = subprocess.run(
-            [POP3, "-c", str(configuration)],
+            [self.program],
             input="".join(line + "\r\n" for line in ("UIDL", *commands, "QUIT")).encode(),
-            env={"USER": "bob", "HOME": str(self.home), "GID": str(self.gid)},
+            env={
+                "USER": "bob",
+                "HOME": str(self.home),
+                "GID": str(self.gid),
+                "LD_LIBRARY_PATH": str(self.libraries),
+                **settings(self.home, self.spool, form),
+            },
             capture_output=True,
             timeout=DEADLINE,
             check=False,

@@ -612,17 +612,14 @@ class MboxDrop:
         if places:
             self._check_seams(spans.starts[places[0]], kept, locks.refresh)
         base = self._keep_base(spans, places, locks.refresh)
-        # What was asked for is done without the one or the other if it cannot be done with it.
-        tries = [base + marks] if marks else []
-        tries += [base] if rows and base else []
-        tries += [[]] if rows else []
-        for edits in tries:
-            if not self._stay_apart(spans, places, (first, kept), edits, locks.refresh):
+        # Nobody asked for the marks: without them, if it cannot be done with them.
+        for edits in ([base + marks] if marks else []) + ([base] if rows else []):
+            marked = len(edits) > len(base)
+            if not self._stay_apart(spans, places, (first, kept), edits, marked, locks.refresh):
                 continue
             if not locks.held():
                 raise TemporaryFailure(NOT_DELETED, f"{spool.path}.lock: was removed by another")
-            can_do_without = bool(rows) and len(edits) > len(base)
-            if self._write(first, kept, edits, size, locks, can_do_without):
+            if self._write(first, kept, edits, size, locks, marked and bool(rows)):
                 break
         else:
             return
@@ -823,13 +820,14 @@ class MboxDrop:
         rows: list[int],
         left: tuple[int, list[Range]],
         edits: list[Edit],
+        marked: bool,
         refresh: Refresh,
     ) -> bool:
-        """Whether the messages left, with `edits` made, will be found where they end now.
+        """Whether the messages left, with `edits` made, will begin and end as they do now.
 
         A Content-Length that is false now may point at a message when others are gone, or are
         longer. It would be believed then and hide all between, so what would be left is looked at
-        first. Raises `TemporaryFailure` where nothing but deleting is to be done.
+        first. Raises `TemporaryFailure` where the edits are not `marked`: then it is the deletion.
         """
         refused = any(altered & REFUSED for altered in spans.altered)
         if not self._store.form.lengths or not (refused or edits):
@@ -844,11 +842,10 @@ class MboxDrop:
         ):
             return True
         why = f"{self._spool.path}: a Content-Length that is not true would join messages"
-        if not edits:
-            raise TemporaryFailure(
-                NOT_DELETED, f"{why} if others were deleted; say kind=mboxo, or remove that field"
-            )
-        log.warn("{why}: Status, or X-IMAPbase, is not written", why=why)
+        what = "say kind=mboxo, or remove that field"
+        if not marked:
+            raise TemporaryFailure(NOT_DELETED, f"{why} if others were deleted; {what}")
+        log.warn("{why} if Status were written; {what}", why=why, what=what)
         return False
 
     def _keep_base(self, spans: Spans, rows: list[int], refresh: Refresh) -> list[Edit]:

@@ -801,7 +801,7 @@ class Journal:
         with record:
             try:
                 try:
-                    self._make_room(header, fd)
+                    self._make_room(header, fd, refresh)
                 except OSError as error:
                     self._take_back(record, header, fd, refresh)
                     raise NotCommitted(error.errno, error.strerror) from error
@@ -980,12 +980,13 @@ class Journal:
             refresh()
         return digest.digest()
 
-    def _make_room(self, header: _Header, fd: int) -> None:
+    def _make_room(self, header: _Header, fd: int, refresh: Refresh) -> None:
         """Lengthen the spool by empty lines, on the disk."""
         if self._files.fstat(fd).st_size != header.size:
             raise OSError(errno.ESTALE, "mail was delivered without a lock")
         for start, stop in _chunks(header.size, header.end):
             _write(self._files, fd, _FILLER * (stop - start), start)
+            refresh()
         if header.end > header.size:
             self._files.fsync(fd)
 
@@ -998,6 +999,7 @@ class Journal:
             start = stop - len(octets.lstrip(_ROOM))
             if start < stop:
                 break
+            refresh()
         if header.size < start < size:
             sources: list[_Source] = [(fd, start, size)]
             new, cut = self._prepare(record.place, fd, header.size, size, sources, refresh)
