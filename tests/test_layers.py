@@ -32,7 +32,7 @@ _TABLE = """
 4   accounts.importers accounts.system accounts.checkpassword
 3   sasl policy selfmade config accounts.database
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
-3   stores.mbox.kinds stores.mbox.identity
+3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks
 2   credentials wire spec accounts.sqlitefile accounts.schema
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders

@@ -14,9 +14,9 @@ import click
 from click.exceptions import Exit
 
 from popdrop.places import default_state_dir
-from popdrop.stores.mbox.check import KIND_NAMES
 from popdrop.stores.mbox.findings import Finding, Severity, Watch, printable, unwatched
 from popdrop.stores.mbox.fsck import Fsck, Result, Settings
+from popdrop.stores.mbox.kinds import FORMS
 from popdrop.stores.mbox.locks import KINDS
 from popdrop.stores.mbox.mend import Failed
 
@@ -47,6 +47,9 @@ class _Text:
             self._say(f"{path}: {printable(done)}", "done")
         for each in result.left if result.done else ():
             self._say(f"left: {_line(each, path)}", each.severity.value)
+        if result.refused:
+            words = "not mended" if repair else "--repair will not mend it"
+            self._say(f"{path}: {words}: {result.refused}", "error")
         for what, kept in (("copy", result.copy), ("report", result.report)):
             if kept:
                 self._say(f"{path}: {what}: {printable(kept)}", "")
@@ -55,9 +58,10 @@ class _Text:
 
     def _words(self, result: Result, repair: bool) -> str:
         words = {"clean": "clean", "repaired": "repaired", "left": "not clean"}[result.status]
-        if result.left and not repair and any(each.mendable for each in result.left):
+        mendable = any(each.mendable for each in result.left) and not result.refused
+        if result.left and not repair and mendable:
             words += "; --repair mends it"
-        elif result.left and not any(each.mendable for each in result.left):
+        elif result.left and not mendable:
             words += "; nothing that --repair could mend"
         messages = f"{result.messages} message{'s' * (result.messages != 1)}"
         return f"{words} ({messages}, {result.octets} octets)"
@@ -105,6 +109,7 @@ class _Json:
             octets=result.octets,
             done=[printable(each) for each in result.done],
             left=[each.kind for each in result.left],
+            refused=result.refused or None,
             copy=printable(result.copy) or None,
             report=printable(result.report) or None,
         )
@@ -228,8 +233,8 @@ def _server_options(command: Callable[..., Any]) -> Callable[..., Any]:
         ),
         click.option(
             "--kind",
-            type=click.Choice(KIND_NAMES),
-            default=KIND_NAMES[0],
+            type=click.Choice(tuple(FORMS)),
+            default="mboxrd",
             show_default=True,
             help="The kind of mbox, as the server's `--store` has it.",
         ),

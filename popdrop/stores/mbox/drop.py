@@ -386,11 +386,10 @@ class MboxDrop:
 
     @property
     def _advice(self) -> str:
-        """What to do about a spool that is corrupt. `fsck` looks at files of From_ lines alone."""
-        form, path = self._store.form, self._spool.path
-        if form.lengths or form.mmdf:
-            return ""
-        return f"; `popdrop fsck {shlex.quote(path)}` shows what is wrong"
+        """What to do about a spool that is corrupt."""
+        kind = self._store.form.name
+        words = "popdrop fsck " + ("" if kind == "mboxrd" else f"--kind {kind} ")
+        return f"; `{words}{shlex.quote(self._spool.path)}` shows what is wrong"
 
     @property
     def _end(self) -> int:

@@ -54,10 +54,21 @@ KINDS: Final = {
     "garbage": Kind(_E, True, "text before the first message: the file is no mbox"),
     "nul-gap": Kind(_W, True, "NULs between two messages or behind the last, left by a crash"),
     "no-newline": Kind(_W, True, "the last line has no line end"),
-    "no-separator": Kind(_W, True, "no empty line behind the last message"),
+    "no-separator": Kind(
+        _W, True, "no empty line behind the last message, or in MMDF files no line of ^A"
+    ),
     "nul": Kind(_N, False, "NULs within a message"),
-    "run-together": Kind(_N, False, "a From_ line with no empty line before it"),
+    "run-together": Kind(
+        _N,
+        False,
+        "a From_ line with no empty line before it; in MMDF files one in the text, or "
+        "a line of ^A that does not begin its line",
+    ),
     "undated": Kind(_N, False, "a line that begins as a From_ line does, but has no valid date"),
+    "one-line": Kind(
+        _N, False, "MMDF: one line of ^A between two messages, where there should be two"
+    ),
+    "length": Kind(_N, False, "a Content-Length that is not true, so it is not believed"),
     "no-header": Kind(_N, False, "a message that does not begin with a header field"),
     "cut-header": Kind(_N, False, "a message whose header is not ended by an empty line"),
     "large": Kind(_N, False, f"a message of more than {LARGE} octets"),

@@ -39,7 +39,7 @@ from popdrop.stores.mbox.locks import (
     fcntl_holder,
     hold,
 )
-from popdrop.stores.mbox.mend import Failed, Mender, reader
+from popdrop.stores.mbox.mend import Failed, Mender, Refused, reader
 from popdrop.stores.mbox.recovery import MboxForm
 from popdrop.stores.mbox.spans import Spans
 from popdrop.stores.mbox.spool import NO_RIGHT, Spool, key_of, open_spool
@@ -57,7 +57,7 @@ _T = TypeVar("_T")
 class Settings:
     """How to go about it.
 
-    `state_dir` is the server's, `kind` one of `check.KIND_NAMES`, `locks` of `locks.KINDS`,
+    `state_dir` is the server's, `kind` one of `kinds.FORMS`, `locks` of `locks.KINDS`,
     `uids` those who may own a spool (`None`: anybody). `lock_timeout` is in seconds. Copies and
     reports go to `backup_dir`, or to `state_dir`/fsck.
     """
@@ -74,7 +74,8 @@ class Settings:
 class Result:
     """What was found in one spool, what was done about it, and what is left to do.
 
-    `copy` and `report` are paths, empty where there was nothing to keep.
+    `refused` says why something was not mended that else is, and what to do about it. `copy` and
+    `report` are paths, empty where there was nothing to keep.
     """
 
     path: str
@@ -83,6 +84,7 @@ class Result:
     octets: int = 0
     done: list[str] = field(default_factory=list)
     left: list[Finding] = field(default_factory=list)
+    refused: str = ""
     copy: str = ""
     report: str = ""
 
@@ -125,6 +127,7 @@ class Fsck:
             if content is None:
                 return _concluded(Result(path, found))
             result = Result(path, found + content.findings, content.messages, content.size)
+            result.refused = content.refusal
             return _concluded(result)
 
     def _beside(self, path: str) -> list[Finding]:
@@ -278,7 +281,7 @@ class Fsck:
         session = self._hold(path, patience)
         stack.callback(session.release)
         was = {each.kind for each in result.found}
-        result.left = []
+        result.left, result.refused = [], ""
         spool = open_spool(path, self._set.uids)
         if spool is None:
             for one in recover(self._journals.of(path), path, None, kinds, FORMS[self._set.kind]):
@@ -325,11 +328,19 @@ class Fsck:
             for _ in range(ROUNDS):
                 if not any(each.mendable for each in content.findings):
                     break
+                try:
+                    step = mender.next_step(content)
+                except Refused as refused:
+                    result.refused = str(refused)
+                    break
                 keepsake.keep(spool, locks.refresh, self.watch)
-                _did(result, keepsake, mender.mend_one(content))
+                step.do()
+                _did(result, keepsake, step.words)
                 content = self._examine(spool, locks)
         result.left = content.findings
         result.messages, result.octets = content.messages, content.size
+        if result.refused and result.done:
+            keepsake.note(f"not mended: {result.refused}")
         if result.done:
             keepsake.end(spool, result.left, locks.refresh)
             _keep_new_mail_new(spool, before)

@@ -65,6 +65,8 @@ class LengthScanner(Scanner):
 
     def __init__(self, *, strip: frozenset[bytes] = STRIPPED, hide: bool = True) -> None:
         super().__init__(unquote=False, strip=strip, hide=hide)
+        self.believed = octet_array()
+        """For each message where the body begins whose length was believed, else 0."""
         self._parts = _Parts()
         self._reach = 0
         self._hidden = False
@@ -156,25 +158,26 @@ class LengthScanner(Scanner):
         """Make messages of the parts."""
         first = 0
         while first < len(self._parts.starts):
-            last, refused = self._last_part(first)
+            last, believed = self._last_part(first)
             if first == 0 and self._hidden:
                 self._spans.hidden = True
             else:
-                self._add(first, last, refused)
+                self._add(first, last, self._parts.targets[first] > 0 and not believed)
+                self.believed.append(self._parts.bodies[first] if believed else 0)
             first = last + 1
 
     def _last_part(self, first: int) -> tuple[int, bool]:
-        """The last part of the message that begins with `first`; whether its length was refused."""
+        """The last part of the message that begins with `first`; whether its length says so."""
         parts = self._parts
         target = parts.targets[first]
         if target:
             last = bisect_left(parts.ends, target, first)
             if last < len(parts.ends) and parts.ends[last] - parts.reaches[last] <= target:
-                return last, False
+                return last, True
         last = first
         while last + 1 < len(parts.ends) and not parts.separators[last]:
             last += 1
-        return last, target > 0
+        return last, False
 
     def _add(self, first: int, last: int, refused: bool) -> None:
         spans, parts = self._spans, self._parts

@@ -1,37 +1,55 @@
-"""Mends what an open and locked spool holds, one thing at a time; the caller looks in between."""
+"""Mends what an open and locked spool holds, one thing at a time; the caller looks in between.
+
+What would be left is looked at before anything is written: no message may be lost by it, joined
+with another one, or made text by a Content-Length that was not true before.
+"""
 
 from __future__ import annotations
 
 import socket
 import time
-from collections.abc import Iterator
+from bisect import bisect_left, bisect_right
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from hashlib import sha256
 from typing import Final
 
-from popdrop.stores.mbox.check import Content, Range
+from popdrop.stores.mbox.check import SEPARATOR_LINE, TORN, Content
 from popdrop.stores.mbox.findings import Read
 from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.locks import SpoolLocks
-from popdrop.stores.mbox.scan import BLOCK
+from popdrop.stores.mbox.marks import Range
+from popdrop.stores.mbox.scan import BLOCK, LONGEST_FROM
 from popdrop.stores.mbox.spool import Spool
 
 MARK: Final = b"X-Popdrop-Fsck"
 """The header field of a message that was made here: SHA-256 of the text it holds."""
 
 _HEADER: Final = 1024
-_GUARD: Final = b"\n\n"
 
 
 class Failed(Exception):
     """A spool could not be looked at, or not be mended; the text says why, and what to do."""
 
 
-class Mender:
-    """One spool, of which the session lock and both spool locks are held.
+class Refused(Exception):
+    """Something is not mended, since that might harm mail; the text says why, and what to do."""
 
-    What is done to it may raise `OSError`, `Failed`, and what `Journal.replace_tail` does.
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One thing to be mended: `do` does it, `words` say what was done then.
+
+    `do` may raise `OSError`, `Failed`, and what `Journal.replace_tail` does.
     """
+
+    words: str
+    do: Callable[[], None]
+
+
+class Mender:
+    """One spool, of which the session lock and both spool locks are held."""
 
     def __init__(self, files: Files, journals: Journals, spool: Spool, locks: SpoolLocks) -> None:
         self._files = files
@@ -40,43 +58,150 @@ class Mender:
         self._locks = locks
         self._read = reader(spool, locks)
 
-    def mend_one(self, content: Content) -> str:
-        """The next thing to be mended; what was done."""
+    def next_step(self, content: Content) -> Step:
+        """The next thing to be mended. Raises `Refused`, and `OSError`."""
+        if content.refusal:
+            raise Refused(content.refusal)
         if content.tail is not None:
-            self._cut(content, [content.tail])
-            return f"cut off {_octets(content.tail)} NULs at the end"
+            return self._without_tail(content, content.tail)
         if content.ending:
-            self._append(content.size, iter([content.ending]))
-            return "added what was missing at the end of the last message"
+            return self._ended(content)
+        if content.garbage and not self._is_wrapped(content):
+            return self._with_garbage_behind(content)
         if content.garbage:
-            octets = content.garbage
-            if not self._is_wrapped(content):
-                self._append(content.size, self._wrapped(octets))
-                return (
-                    f"appended the {octets} octets before the first message, as a message of "
-                    "their own"
+            return self._without_garbage(content)
+        return self._without_gaps(content)
+
+    def _without_tail(self, content: Content, tail: Range) -> Step:
+        left = list(content.spans.starts)
+        if content.form.mmdf and left and content.first + content.spans.offset(-1) == tail[0]:
+            left.pop()  # it is made of these NULs
+        self._check(content, [(content.first, tail[0])], (), left)
+        return Step(f"cut off {_octets(tail)} NULs at the end", lambda: self._cut(content, [tail]))
+
+    def _ended(self, content: Content) -> Step:
+        left = list(content.spans.starts)
+        last = self._spool.read(max(content.size - LONGEST_FROM, 0), content.size)
+        torn = last.rpartition(b"\n")[2]
+        # In MMDF files a line of ^A without its end may be all of the last message.
+        if (
+            content.form.mmdf
+            and left
+            and torn in TORN
+            and content.first + content.spans.offset(-1) == content.size - len(torn)
+        ):
+            left.pop()
+        # With its end, a torn line may begin a message.
+        new = [content.size - len(torn) - content.first]
+        self._check(content, [(content.first, content.size)], [content.ending], left, new)
+        return Step(
+            "added what was missing at the end of the last message",
+            lambda: self._append(content, iter([content.ending])),
+        )
+
+    def _with_garbage_behind(self, content: Content) -> Step:
+        header = self._header(content)
+        first, size = content.first, content.size
+
+        def pieces() -> Iterator[bytes]:
+            yield header
+            yield from self._read(0, content.garbage)
+            if content.form.mmdf:
+                yield SEPARATOR_LINE
+
+        left = [*content.spans.starts, size - first]
+        self._check(content, [(first, size)], pieces(), left)
+        return Step(
+            f"appended the {content.garbage} octets before the first message, as a message of "
+            "their own",
+            lambda: self._append(content, pieces()),
+        )
+
+    def _without_garbage(self, content: Content) -> Step:
+        # What is left is what was scanned.
+        return Step(
+            f"cut the {content.garbage} octets out of the spool's start",
+            lambda: self._cut(content, [(0, content.first)]),
+        )
+
+    def _without_gaps(self, content: Content) -> Step:
+        gaps, spans = content.gaps, content.spans
+        left = [content.first + start for start in spans.starts]
+        if content.form.mmdf:
+            # Such a message is these NULs and the hidden line of ^A, and what is behind that.
+            gone = {start - content.first for start, _ in gaps}
+            left = [each for i, each in enumerate(left) if spans.offset(i) not in gone]
+        removed, done = 0, 0
+        moved: list[int] = []
+        begins: list[int] = []
+        for start, stop in [*gaps, (content.size, content.size)]:
+            place = bisect_left(left, start)
+            moved += [each - removed for each in left[done:place]]
+            done = place
+            removed += stop - start
+            begins.append(stop - removed)
+        if content.form.mmdf:
+            # Perhaps nothing is between the hidden line and the next.
+            self._check(content, _around(gaps, 0, content.size), (), moved, begins)
+        else:
+            left = sorted({*moved, *begins[:-1]})
+            self._check(content, _around(gaps, 0, content.size), (), left)
+        return Step(
+            f"cut {len(gaps)} runs of NULs out, which stood between messages",
+            lambda: self._cut(content, gaps),
+        )
+
+    def _check(
+        self,
+        content: Content,
+        ranges: Iterable[Range],
+        added: Iterable[bytes],
+        left: list[int],
+        new: Iterable[int] = (),
+    ) -> None:
+        """Messages of these ranges, and of what is added, begin at `left`, and perhaps at `new`.
+
+        Where the same messages begin at the same places, they hold the same. Raises `Refused`.
+        """
+        scanner = content.form.scanner()
+        for start, stop in ranges:
+            for block in self._read(start, stop):
+                scanner.feed(block)
+        for block in added:
+            scanner.feed(block)
+        # It begins with a message, or holds none.
+        spans = scanner.close()
+        found = set(spans.starts)
+        if spans.hidden == content.spans.hidden and found <= {*left, *new}:
+            lost = sorted(set(left) - found)
+            if not lost:
+                return
+            number = bisect_right(spans.starts, lost[0])
+            if content.form.lengths and number:
+                raise Refused(
+                    f"a Content-Length that is not true now, that of message {number}, would hide "
+                    "other messages: take that field out with an editor, then run this again"
                 )
-            gaps = [each for each in content.gaps if each[0] >= content.first]
-            self._cut(content, [(0, content.first), *gaps])
-            runs = f", and {len(gaps)} runs of NULs between messages" if gaps else ""
-            return f"cut the {octets} octets out of the spool's start{runs}"
-        self._cut(content, content.gaps)
-        return f"cut {len(content.gaps)} runs of NULs out, which stood between messages"
+        raise Refused(
+            "other messages would change by it: look at it with an editor, and at what --kind is"
+        )
 
     def _cut(self, content: Content, cuts: list[Range]) -> None:
-        ends = [start for start, _ in cuts[1:]] + [content.size]
-        kept = [(start, stop) for (_, start), stop in zip(cuts, ends, strict=True) if start < stop]
         locks = self._locks
+        kept = _around(cuts, cuts[0][0], content.size)
         self._journal.replace_tail(
             self._spool.fd, cuts[0][0], kept, content.size, locks.refresh, locks.held
         )
 
-    def _append(self, size: int, pieces: Iterator[bytes]) -> None:
+    def _append(self, content: Content, pieces: Iterator[bytes]) -> None:
         """As deliverers do: what cannot be written whole is taken back."""
-        files = self._files
+        files, size = self._files, content.size
         if files.fstat(self._spool.fd).st_size != size or not self._locks.held():
             raise Failed(f"{self._spool.path}: was changed, or its locks were lost: try again")
         offset = size
+        # In between, too, the spool ends as it should behind a message: should we be killed here,
+        # mail that is delivered before the next try is still a message of its own.
+        guard = b"\n" + SEPARATOR_LINE if content.form.mmdf else b"\n\n"
 
         def write(octets: bytes) -> None:
             rest, place = memoryview(octets), offset
@@ -89,9 +214,10 @@ class Mender:
         try:
             last = next(pieces)
             for piece in pieces:
-                # In between, too, the spool ends with an empty line: should we be killed here, mail
-                # that is delivered before the next try is still a message of its own.
-                write(last + _GUARD)
+                if len(piece) < len(guard):
+                    last += piece  # by itself it would not cover the guard before it
+                    continue
+                write(last + guard)
                 offset += len(last)
                 last = piece
             write(last)
@@ -101,25 +227,25 @@ class Mender:
                 files.ftruncate(self._spool.fd, size)
             raise
 
-    def _wrapped(self, octets: int) -> Iterator[bytes]:
-        """A message that holds the first `octets` of the spool, which end with an empty line."""
+    def _header(self, content: Content) -> bytes:
+        """What begins a message that holds all that stands before the first one."""
         now = time.gmtime()
         host = socket.gethostname().encode("ascii", "replace").replace(b" ", b"-")
-        yield (
-            b"From MAILER-DAEMON %s\n"
+        line = SEPARATOR_LINE
+        if not content.form.mmdf:
+            line = b"From MAILER-DAEMON %s\n" % time.asctime(now).encode("ascii")
+        return line + (
             b"From: Mail system <MAILER-DAEMON@%s>\n"
             b"Date: %s\n"
             b"Subject: Text found before the first message of this mailbox\n"
             b"%s: %s\n\n"
             % (
-                time.asctime(now).encode("ascii"),
                 host,
                 time.strftime("%a, %d %b %Y %H:%M:%S +0000", now).encode("ascii"),
                 MARK,
-                _sum(self._read(0, octets)),
+                _sum(self._read(0, content.garbage)),
             )
         )
-        yield from self._read(0, octets)
 
     def _is_wrapped(self, content: Content) -> bool:
         """Whether a message already holds what is before the first one, and nothing else.
@@ -127,15 +253,25 @@ class Mender:
         Mail may have come behind it since the run that wrapped it was killed.
         """
         mark = b"\n%s: %s\n\n" % (MARK, _sum(self._read(0, content.garbage)))
-        stop = content.size
-        for place in reversed(content.spans.starts):
-            start = content.first + place
+        spans = content.spans
+        for index in reversed(range(len(spans))):
+            start = content.first + spans.starts[index]
+            # An empty line at its end is one of the text's, a line of ^A is not.
+            stop = content.first + (
+                spans.content_end(index) if content.form.mmdf else spans.stop(index)
+            )
             found = self._spool.read(start, start + _HEADER).find(mark)
             body = start + found + len(mark)
             if found >= 0 and body + content.garbage == stop:
                 return mark.split()[1] == _sum(self._read(body, stop))
-            stop = start
         return False
+
+
+def _around(cuts: list[Range], start: int, size: int) -> list[Range]:
+    """What is left of the octets from `start` to `size` without `cuts`, which are ascending."""
+    starts = [start, *(stop for _, stop in cuts)]
+    stops = [*(begin for begin, _ in cuts), size]
+    return [(a, b) for a, b in zip(starts, stops, strict=True) if a < b]
 
 
 def reader(spool: Spool, locks: SpoolLocks) -> Read:
