@@ -36,6 +36,7 @@ from popdrop.stores.mbox.findings import KINDS, MOST, Finding, printable, unwatc
 from popdrop.stores.mbox.fsck import Fsck, Settings
 from popdrop.stores.mbox.index import Index, Indexes
 from popdrop.stores.mbox.journal import Files, Journals
+from popdrop.stores.mbox.kinds import FORMS
 from popdrop.stores.mbox.locks import STALE_AFTER, SessionLock, SpoolLocks, hold
 from popdrop.stores.mbox.mend import MARK, Failed
 from popdrop.stores.mbox.store import MboxStore
@@ -323,9 +324,10 @@ class Case(SynchronousTestCase):
     def kinds(self, **more: Any) -> list[str]:
         return [each.kind for each in self.fsck(**more).look(self.bob).found]
 
-    def open(self) -> list[bytes]:
+    def open(self, kind: str = "mboxrd") -> list[bytes]:
         """The ids that the server gives to bob's messages."""
-        drop = MboxStore(self.mail + "/{user}", self.state, owner="any").open(Owner("bob"))
+        store = MboxStore(self.mail + "/{user}", self.state, kind, owner="any")
+        drop = store.open(Owner("bob"))
         try:
             drop.identify()
             return [drop.listing.uid(index) for index in range(len(drop.listing))]
@@ -1054,9 +1056,27 @@ class CommandTests(Case):
 
     def test_server_names_it(self) -> None:
         self.put(b"x\n\n")
-        failed = self.assertRaises(PermanentFailure, self.open)
-        self.assertIn(f"`popdrop fsck {self.bob}` shows", failed.detail)
-        self.assertNotIn("fsck", failed.text)
+        for kind in FORMS:
+            failed = self.assertRaises(PermanentFailure, self.open, kind)
+            option = "" if kind == "mboxrd" else f"--kind {kind} "
+            self.assertIn(f"; `popdrop fsck {option}{self.bob}` shows", failed.detail)
+            self.assertNotIn("fsck", failed.text)
+            self.assertEqual(self.run_it(*option.split(), self.bob).exit_code, 4)
+
+    def test_refused(self) -> None:
+        """Said by a look, where that can know it, and by a repair; nothing is changed."""
+        self.put(b"\x01\x01\x01\x01\nSubject: x\n\nx\n")
+        before = self.get()
+        for words, label in ([], "--repair will not mend it"), (["--repair"], "not mended"):
+            result = self.run_it(*words, self.bob)
+            self.assertEqual(result.exit_code, 4)
+            self.assertIn(f"{self.bob}: {label}: it begins with a line of four ^A", result.output)
+            self.assertNotIn("--repair mends it", result.output)
+            result = self.run_it(*words, "--json", self.bob)
+            self.assertIn("--kind mmdf", json.loads(result.stdout.splitlines()[-1])["refused"])
+        self.assertEqual(self.get(), before)
+        self.assertEqual(self.run_it("--repair", "--kind", "mmdf", self.bob).exit_code, 1)
+        self.assertEqual(self.get(), before + b"\x01\x01\x01\x01\n")
 
 
 class ProcessTests(Case):

@@ -278,12 +278,15 @@ _FIELD: Final = re.compile(rb">?[!-9;-~]+[ \t]*:|>From |\r?\n|\Z")
 def _messages(content: Content, read: Read, said: Findings, watch: Watch) -> None:
     """What is to be said of single messages; `read` is asked for their headers again."""
     spans = content.spans
+    # In MMDF files a run of NULs between messages looks like one itself.
+    nuls = {start for start, _ in (*content.gaps, *([content.tail] if content.tail else ()))}
     for index in range(len(spans)):
         start = content.first + spans.starts[index]
         offset, stop = content.first + spans.offset(index), content.first + spans.content_end(index)
-        _header(read, offset, stop, partial(said.add, offset=start), f"message {index + 1}")
-        if content.form.mmdf and index and spans.starts[index] == spans.content_end(index - 1):
-            said.add("one-line", f"only one line of ^A before message {index + 1}", start)
+        if offset not in nuls:
+            _header(read, offset, stop, partial(said.add, offset=start), f"message {index + 1}")
+            if content.form.mmdf and index and spans.starts[index] == spans.content_end(index - 1):
+                said.add("one-line", f"only one line of ^A before message {index + 1}", start)
         if spans.altered[index] & REFUSED:
             said.add("length", f"message {index + 1} has a Content-Length that is not true", start)
         if spans.lengths[index] > LARGE:

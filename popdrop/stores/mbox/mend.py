@@ -21,6 +21,7 @@ from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.locks import SpoolLocks
 from popdrop.stores.mbox.marks import Range
 from popdrop.stores.mbox.scan import BLOCK, LONGEST_FROM
+from popdrop.stores.mbox.spans import Spans
 from popdrop.stores.mbox.spool import Spool
 
 MARK: Final = b"X-Popdrop-Fsck"
@@ -72,15 +73,26 @@ class Mender:
             return self._without_garbage(content)
         return self._without_gaps(content)
 
+    def _spans(self, content: Content) -> Spans:
+        """The messages, also one that is hidden; places count from the first."""
+        if not content.spans.hidden:
+            return content.spans
+        scanner = content.form.scanner(hide=False)
+        for block in self._read(content.first, content.size):
+            scanner.feed(block)
+        return scanner.close()
+
     def _without_tail(self, content: Content, tail: Range) -> Step:
-        left = list(content.spans.starts)
-        if content.form.mmdf and left and content.first + content.spans.offset(-1) == tail[0]:
+        spans = self._spans(content)
+        left = list(spans.starts)
+        if content.form.mmdf and left and content.first + spans.offset(-1) == tail[0]:
             left.pop()  # it is made of these NULs
         self._check(content, [(content.first, tail[0])], (), left)
         return Step(f"cut off {_octets(tail)} NULs at the end", lambda: self._cut(content, [tail]))
 
     def _ended(self, content: Content) -> Step:
-        left = list(content.spans.starts)
+        spans = self._spans(content)
+        left = list(spans.starts)
         last = self._spool.read(max(content.size - LONGEST_FROM, 0), content.size)
         torn = last.rpartition(b"\n")[2]
         # In MMDF files a line of ^A without its end may be all of the last message.
@@ -88,12 +100,13 @@ class Mender:
             content.form.mmdf
             and left
             and torn in TORN
-            and content.first + content.spans.offset(-1) == content.size - len(torn)
+            and content.first + spans.offset(-1) == content.size - len(torn)
         ):
             left.pop()
         # With its end, a torn line may begin a message.
-        new = [content.size - len(torn) - content.first]
-        self._check(content, [(content.first, content.size)], [content.ending], left, new)
+        place = content.size - len(torn) - content.first
+        added = [content.ending]
+        self._check(content, [(content.first, content.size)], added, left, lambda at: at == place)
         return Step(
             "added what was missing at the end of the last message",
             lambda: self._append(content, iter([content.ending])),
@@ -109,7 +122,7 @@ class Mender:
             if content.form.mmdf:
                 yield SEPARATOR_LINE
 
-        left = [*content.spans.starts, size - first]
+        left = [*self._spans(content).starts, size - first]
         self._check(content, [(first, size)], pieces(), left)
         return Step(
             f"appended the {content.garbage} octets before the first message, as a message of "
@@ -125,7 +138,7 @@ class Mender:
         )
 
     def _without_gaps(self, content: Content) -> Step:
-        gaps, spans = content.gaps, content.spans
+        gaps, spans = content.gaps, self._spans(content)
         left = [content.first + start for start in spans.starts]
         if content.form.mmdf:
             # Such a message is these NULs and the hidden line of ^A, and what is behind that.
@@ -140,12 +153,16 @@ class Mender:
             done = place
             removed += stop - start
             begins.append(stop - removed)
-        if content.form.mmdf:
-            # Perhaps nothing is between the hidden line and the next.
-            self._check(content, _around(gaps, 0, content.size), (), moved, begins)
-        else:
-            left = sorted({*moved, *begins[:-1]})
-            self._check(content, _around(gaps, 0, content.size), (), left)
+        behind = set(begins[:-1])
+        known = sorted(behind.union(moved))
+
+        def is_parted(start: int) -> bool:
+            """Whether it was in one message with a run of NULs, and is behind that."""
+            return known[max(bisect_right(known, start) - 1, 0)] in behind
+
+        # In MMDF files perhaps nothing is between the line that was hidden and the next.
+        expected = moved if content.form.mmdf else known
+        self._check(content, _around(gaps, 0, content.size), (), expected, is_parted)
         return Step(
             f"cut {len(gaps)} runs of NULs out, which stood between messages",
             lambda: self._cut(content, gaps),
@@ -157,13 +174,13 @@ class Mender:
         ranges: Iterable[Range],
         added: Iterable[bytes],
         left: list[int],
-        new: Iterable[int] = (),
+        may_begin: Callable[[int], bool] = lambda start: False,
     ) -> None:
-        """Messages of these ranges, and of what is added, begin at `left`, and perhaps at `new`.
+        """Messages of these ranges, and of what is added, begin at `left`, or may where they do.
 
-        Where the same messages begin at the same places, they hold the same. Raises `Refused`.
+        Where messages begin at the same places, they hold the same. Raises `Refused`.
         """
-        scanner = content.form.scanner()
+        scanner = content.form.scanner(hide=False)
         for start, stop in ranges:
             for block in self._read(start, stop):
                 scanner.feed(block)
@@ -172,18 +189,20 @@ class Mender:
         # It begins with a message, or holds none.
         spans = scanner.close()
         found = set(spans.starts)
-        if spans.hidden == content.spans.hidden and found <= {*left, *new}:
-            lost = sorted(set(left) - found)
-            if not lost:
-                return
-            number = bisect_right(spans.starts, lost[0])
-            if content.form.lengths and number:
+        lost = sorted(set(left) - found)
+        if not lost and all(map(may_begin, found.difference(left))):
+            return
+        if lost and content.form.lengths:
+            number = bisect_right(spans.starts, lost[0]) - content.spans.hidden
+            if number > 0:
                 raise Refused(
                     f"a Content-Length that is not true now, that of message {number}, would hide "
-                    "other messages: take that field out with an editor, then run this again"
+                    "messages behind it: if they are its text, mend the place with an editor, else "
+                    "take that field out; then run this again"
                 )
         raise Refused(
-            "other messages would change by it: look at it with an editor, and at what --kind is"
+            "other messages would change by it: look at the place with an editor, and whether "
+            "--kind is right"
         )
 
     def _cut(self, content: Content, cuts: list[Range]) -> None:
