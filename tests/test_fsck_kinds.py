@@ -490,9 +490,10 @@ class CrashTests(test_fsck.Case):
                 return number
             # Mail comes in, then somebody tries again.
             with open(self.bob, "ab") as file:
-                ended = self.get().endswith((b"\n\n", SEP, b"\0"))
+                end = SEP if kind == "mmdf" else b"\n\n"
+                ended = self.get().endswith((end, b"\0"))
                 self.assertTrue(ended or torn, number)
-                file.write(new if ended else b"\n\n" + new)
+                file.write(new if ended else b"\n" + end + new)
             while (result := self.fsck(kind=kind).mend(self.bob)).status == "left":
                 for each in result.left:
                     self.assertEqual(each.kind, "orphan", (number, each))
