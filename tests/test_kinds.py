@@ -13,7 +13,7 @@ from popdrop.stores.mbox.scan import NotAnMbox
 from popdrop.stores.mbox.spans import FIELDS, QUOTED, REFUSED, Spans
 from popdrop.stores.uidl import STRIPPED
 from popdrop.wire import Outgoing
-from tests import oracle_mbox, test_scan
+from tests import oracle_mbox, test_scan, test_search
 from tests.test_scan import FRAGMENTS, FROM, make_spool, rows
 
 SEP = b"\x01\x01\x01\x01\n"
@@ -148,7 +148,19 @@ class PropertyTests(SynchronousTestCase):
         self, octets: bytes, kind: str, strip: bool, hide: bool, seed: int, longest: int
     ) -> None:
         """The slow reader and the scanner agree on everything, however the octets come."""
-        chance = random.Random(seed)
+        for way in test_search.WAYS:
+            with test_search.searching(way):
+                self.compare(octets, random.Random(seed), longest, kind, strip, hide)
+
+    def compare(
+        self,
+        octets: bytes,
+        chance: random.Random,
+        longest: int,
+        kind: str,
+        strip: bool,
+        hide: bool,
+    ) -> None:
         scanner = FORMS[kind].scanner(strip=STRIPPED if strip else frozenset(), hide=hide)
 
         def scan() -> Spans:

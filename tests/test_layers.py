@@ -38,7 +38,7 @@ _TABLE = """
 2   stores.mbox.folders
 1   interfaces accounts.secrets stores.mbox.scan stores.mbox.findings
 1   stores.uidlform stores.mbox.status
-0   stores.uidl stores.mbox.spans
+0   stores.uidl stores.mbox.spans stores.mbox.search
 0   errors listing values places
 """
 """`a.*` stands for every module of `a` that has no rank of its own."""

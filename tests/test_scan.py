@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -10,9 +11,10 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.stores.mbox import scan
 from popdrop.stores.mbox.scan import NotAnMbox, Scanner, Spans
+from popdrop.stores.mbox.spans import QUOTED
 from popdrop.stores.uidl import STRIPPED
 from popdrop.wire import Outgoing
-from tests import oracle_mbox
+from tests import oracle_mbox, test_search
 
 DATE = b"Wed Dec  2 05:53:22 1992"
 FROM = b"From bob@example.org " + DATE + b"\n"
@@ -132,9 +134,16 @@ class PropertyTests(SynchronousTestCase):
         self, octets: bytes, unquote: bool, strip: bool, hide: bool, seed: int, longest: int
     ) -> None:
         """The slow reader and the scanner agree on everything, however the octets come."""
-        chance = random.Random(seed)
-        scanner = Scanner(unquote=unquote, strip=STRIPPED if strip else frozenset(), hide=hide)
         options = {"unquote": unquote, "strip": strip, "hide": hide}
+        for way in test_search.WAYS:
+            with test_search.searching(way):
+                self.compare(octets, options, random.Random(seed), longest)
+
+    def compare(
+        self, octets: bytes, options: dict[str, bool], chance: random.Random, longest: int
+    ) -> None:
+        strip = STRIPPED if options["strip"] else frozenset[bytes]()
+        scanner = Scanner(unquote=options["unquote"], strip=strip, hide=options["hide"])
         try:
             wanted = expected(octets, **options)
         except oracle_mbox.Corrupt as bad:
@@ -145,6 +154,10 @@ class PropertyTests(SynchronousTestCase):
         found = self.feed(scanner, octets, chance, longest)
         self.assertEqual(rows(found), wanted)
         self.assertEqual(found.end, len(octets))
+        for index, altered in enumerate(found.altered):
+            content = b"\n" + octets[found.offset(index) : found.content_end(index)]
+            quoted = options["unquote"] and re.search(rb"\n>+From ", content) is not None
+            self.assertEqual(altered & QUOTED > 0, quoted)
 
     def feed(self, scanner: Scanner, octets: bytes, chance: random.Random, longest: int) -> Spans:
         place = 0
@@ -183,8 +196,10 @@ class PropertyTests(SynchronousTestCase):
         octets = make_spool(random.Random(7), 400)
         wanted = expected(octets)
         self.assertEqual(len(wanted), 400)
-        for block in (scan.BLOCK, 65_536, 4099, 257):
-            self.assertEqual(rows(spans_of(octets, block)), wanted)
+        for way in test_search.WAYS:
+            with test_search.searching(way):
+                for block in (scan.BLOCK, 65_536, 4099, 257):
+                    self.assertEqual(rows(spans_of(octets, block)), wanted)
 
 
 def make_spool(chance: random.Random, count: int) -> bytes:

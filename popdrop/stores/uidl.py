@@ -37,11 +37,13 @@ EMPTY_LINE: Final = re.compile(rb"\n\r?\n")
 """The end of a line and the empty line behind it, which ends a header."""
 
 _INITIALS: Final = bytes({name[0] for name in SPOOL_HEADERS})
-FIELD: Final = re.compile(
-    # The look at the initial halves the time of lines that are something else.
-    rb"(?i)\n(?=[%s])(%s):[^\n]*(?:\n[ \t][^\n]*)*" % (_INITIALS, b"|".join(sorted(SPOOL_HEADERS)))
-)
+_FIELD: Final = rb"(%s):[^\n]*(?:\n[ \t][^\n]*)*" % b"|".join(sorted(SPOOL_HEADERS))
+# The look at the initial halves the time of lines that are something else.
+FIELD: Final = re.compile(rb"(?i)\n(?=[%s])%s" % (_INITIALS, _FIELD))
 """One spool header with its folded lines: from the LF before it up to, not with, its own LF."""
+
+FIELD_OR_END: Final = re.compile(rb"(?i)\n(?=[\r\n%s])(?:%s|\r?\n)" % (_INITIALS, _FIELD))
+"""The same, or, without a name, what `EMPTY_LINE` finds."""
 
 LONGEST_NAME: Final = 64
 """Octets of a line after which its field name is known for certain."""
@@ -87,7 +89,7 @@ class HeaderCut:
         if self._dropping:
             before = b"\n" + self._dropping + b":" + before
             if self.in_unsent_field:
-                self.unsent -= _as_sent(before[1:])
+                self.unsent -= as_sent(before[1:])
         text = before + piece
         self._midline = not piece.endswith(b"\n")
         end = len(text) - (not self._midline)
@@ -98,7 +100,7 @@ class HeaderCut:
             kept.append(text[position : field.start()])
             position = field.end()
             if field[1].lower() in self._strip:
-                self.unsent += _as_sent(text[field.start() + 1 : position + 1])
+                self.unsent += as_sent(text[field.start() + 1 : position + 1])
             if position == end:
                 self._dropping = field[1]
         kept.append(text[position:])
@@ -106,7 +108,8 @@ class HeaderCut:
         return b"".join(kept)[before.startswith(b"\n") :]
 
 
-def _as_sent(octets: bytes) -> int:
+def as_sent(octets: bytes) -> int:
+    """How many there are when each LF is sent as CRLF."""
     return len(octets) + octets.count(b"\n") - octets.count(b"\r\n")
 
 

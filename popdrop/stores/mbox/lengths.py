@@ -23,11 +23,10 @@ from dataclasses import dataclass, field
 from typing import Final
 from zlib import crc32
 
-from popdrop.stores.mbox.scan import CONTEXT, DATED, Scanner, empty_line_before
+from popdrop.stores.mbox.scan import CONTEXT, FROM, FROM_LINE, Scanner, empty_line_before
 from popdrop.stores.mbox.spans import FIELDS, REFUSED, Spans, octet_array
 from popdrop.stores.uidl import STRIPPED
 
-_FROM_LINES: Final = re.compile(rb"From (?<=\nFrom )" + DATED)
 _LENGTH: Final = re.compile(rb"(?i)\nContent-Length:([^\n]*)")
 _NUMBER: Final = re.compile(rb"[ \t]*(\d{1,18})[ \t]*\r?")
 _LINE_ENDS: Final = re.compile(rb"(?:\r?\n){0,2}\Z")
@@ -93,16 +92,18 @@ class LengthScanner(Scanner):
         self._may_fold = False
 
     def _lines(self, buffer: bytes, done: int, end: int) -> None:
-        for token in _FROM_LINES.finditer(buffer, done, end):
-            start = token.start()
-            self._piece(buffer, done, start, False)
-            done = start
+        for place in self._places(buffer, FROM, done, end):
+            line = FROM_LINE.match(buffer, place, end) if buffer[place - 1] == _LF else None
+            if not line:
+                continue
+            self._piece(buffer, done, place)
+            done = place
             if not self._in_header:
-                self._reach = _reach(buffer, start)
-                self._finish(self._base + start, empty_line_before(buffer, start))
-                self._begin(token)
-                done = token.end()
-        self._piece(buffer, done, end, False)
+                self._reach = _reach(buffer, place)
+                self._finish(self._base + place, empty_line_before(buffer, place))
+                self._begin(line)
+                done = line.end()
+        self._piece(buffer, done, end)
 
     def _header(self, buffer: bytes, start: int, end: int) -> None:
         super()._header(buffer, start, end)

@@ -22,7 +22,7 @@ from popdrop.stores.uidl import STRIPPED
 SEPARATOR: Final = re.compile(rb"\x01{4}\r?\n")
 """The line before and behind each message, with its line end."""
 
-_SEPARATORS: Final = re.compile(rb"\x01\x01\x01\x01(?<=\n\x01\x01\x01\x01)\r?\n")
+_CONTROLS: Final = b"\n\x01\x01\x01\x01"
 
 
 class MmdfScanner(Scanner):
@@ -44,11 +44,13 @@ class MmdfScanner(Scanner):
         self._is_message = False
 
     def _lines(self, buffer: bytes, done: int, end: int) -> None:
-        for token in _SEPARATORS.finditer(buffer, done, end):
-            self._take(buffer, done, token.start())
-            self._finish(self._base + token.start(), 0)
-            self._begin(token)
-            done = token.end()
+        for place in self._places(buffer, _CONTROLS, done - 1, end):
+            line = SEPARATOR.match(buffer, place + 1, end)
+            if line:
+                self._take(buffer, done, line.start())
+                self._finish(self._base + line.start(), 0)
+                self._begin(line)
+                done = line.end()
         self._take(buffer, done, end)
 
     def _take(self, buffer: bytes, start: int, end: int) -> None:
@@ -64,7 +66,7 @@ class MmdfScanner(Scanner):
                 self._check = crc32(line[0])
         if not self._is_message:
             self._is_message = EMPTY_LINES.fullmatch(buffer, start, end) is None
-        self._piece(buffer, start, end, False)
+        self._piece(buffer, start, end)
 
     def _finish(self, end: int, separator: int, missing: int = 0) -> None:
         if self._is_message:
