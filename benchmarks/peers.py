@@ -19,6 +19,7 @@ from pathlib import Path
 import popdrop
 from benchmarks import tools
 from benchmarks.process import Failed, free_port, start, stop, wait_for_greeting
+from popdrop.stores.mbox import search
 
 
 def _servant() -> tuple[int, int] | None:
@@ -197,7 +198,8 @@ class Popdrop(Peer):
         )
 
     def version(self) -> str:
-        return f"Popdrop {popdrop.__version__} (Twisted {distribution_version('twisted')})"
+        twisted = distribution_version("twisted")
+        return f"Popdrop {popdrop.__version__} (Twisted {twisted}, search: {search.IN_USE.name})"
 
 
 _DOVECOT = """\

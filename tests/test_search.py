@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -13,10 +14,12 @@ from unittest.mock import patch
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.stores.mbox import search
 from popdrop.stores.mbox.search import Search
+from popdrop.stores.mbox.store import MboxStore
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -131,6 +134,23 @@ class ChoiceTests(SynchronousTestCase):
 
     def test_without_the_library(self) -> None:
         self.assertEqual(self.asked("sys.modules['stringzilla'] = None"), "standard library: ")
+
+    def test_a_fault_is_logged_at_the_start(self) -> None:
+        """Once, and with what to do; without a fault nothing is said."""
+        said: list[LogEvent] = []
+        globalLogPublisher.addObserver(said.append)
+        self.addCleanup(globalLogPublisher.removeObserver, said.append)
+        folder = Path(self.mktemp())
+        (folder / "spools").mkdir(parents=True)
+        (folder / "state").mkdir(mode=0o700)
+        store = MboxStore(f"{folder.absolute()}/spools/{{user}}", str(folder / "state"))
+        store.tidy()
+        self.assertEqual(said, [])
+        with searching(replace(search.STANDARD, fault="cannot be imported (ImportError)")):
+            store.tidy()
+        (text,) = (formatEvent(event) for event in said)
+        self.assertIn("stringzilla cannot be imported (ImportError)", text)
+        self.assertIn("pip install 'popdrop[fast]'", text)
 
     def asked(self, first: str) -> str:
         """What a new interpreter chooses after that statement."""

@@ -72,6 +72,7 @@ class LengthScanner(Scanner):
         self._lacks = self._lacks_as_text = 0
         # Of the part in progress:
         self._own = 0
+        self._unsent = 0
         self._fields = 0
         self._length = -1
         self._may_fold = False
@@ -87,30 +88,60 @@ class LengthScanner(Scanner):
     def _begin(self, line: re.Match[bytes]) -> None:
         super()._begin(line)
         self._own = len(line[0]) + (not line[0].endswith(b"\r\n"))
-        self._fields = self._target = 0
+        self._fields = self._target = self._unsent = 0
         self._length = -1
         self._may_fold = False
 
     def _lines(self, buffer: bytes, done: int, end: int) -> None:
+        line: re.Match[bytes] | None = None
         for place in self._places(buffer, FROM, done, end):
-            line = FROM_LINE.match(buffer, place, end) if buffer[place - 1] == _LF else None
-            if not line:
+            following = FROM_LINE.match(buffer, place, end) if buffer[place - 1] == _LF else None
+            if not following:
                 continue
-            self._piece(buffer, done, place)
-            done = place
-            if not self._in_header:
-                self._reach = _reach(buffer, place)
-                self._finish(self._base + place, empty_line_before(buffer, place))
-                self._begin(line)
-                done = line.end()
+            if not (line and self._whole_part(buffer, line, place)):
+                if line:
+                    self._begin(line)
+                    line = None
+                self._piece(buffer, done, place)
+                done = place
+                if self._in_header:
+                    continue
+            self._reach = _reach(buffer, place)
+            self._finish(self._base + place, empty_line_before(buffer, place))
+            line = following
+            done = line.end()
+        if line:
+            self._begin(line)
         self._piece(buffer, done, end)
+
+    def _whole_part(self, buffer: bytes, line: re.Match[bytes], end: int) -> bool:
+        """As `_begin` and `_piece`, if there is more than a header before `end`."""
+        header = self._whole_header(buffer, line, end)
+        if not header:
+            return False
+        self._begin(line)
+        body, self._check, self._unsent, has_fields = header
+        content = line.end()
+        self._octets = end - content + self._count(buffer, b"\n", content, end)
+        if self._has_cr:
+            self._octets -= self._count(buffer, b"\r\n", content, end)
+        self._body = self._base + body
+        self._in_header = False
+        if has_fields:
+            self._look_for_length(buffer, content, body)
+            self._aim(buffer)
+        return True
 
     def _header(self, buffer: bytes, start: int, end: int) -> None:
         super()._header(buffer, start, end)
-        stop = self._body - self._base
-        self._look_for_length(buffer, start, stop)
-        if not self._in_header and self._fields == 1 and self._length >= 0:
-            empty_line = 2 if buffer[stop] == _CR else 1
+        self._look_for_length(buffer, start, self._body - self._base)
+        if not self._in_header:
+            self._aim(buffer)
+
+    def _aim(self, buffer: bytes) -> None:
+        """The header has ended: where its Content-Length does."""
+        if self._fields == 1 and self._length >= 0:
+            empty_line = 2 if buffer[self._body - self._base] == _CR else 1
             self._target = self._body + empty_line + self._length
 
     def _look_for_length(self, buffer: bytes, start: int, stop: int) -> None:
@@ -135,7 +166,7 @@ class LengthScanner(Scanner):
         parts.ends.append(end)
         parts.bodies.append(self._body)
         parts.octets.append(self._octets)
-        parts.unsent.append(self._cut.unsent if self._cut else 0)
+        parts.unsent.append(self._cut.unsent if self._cut else self._unsent)
         parts.targets.append(self._target)
         parts.checks.append(self._check)
         parts.heads.append(self._content - self._start)

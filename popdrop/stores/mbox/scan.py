@@ -253,7 +253,9 @@ class Scanner:
         octets = end - content + count(buffer, b"\n", content, end) - quoted - 2
         if self._has_cr:
             octets -= count(buffer, b"\r\n", content, end)
-        body, check, unsent = self._whole_header(buffer, line, end)
+        header = self._whole_header(buffer, line, end)
+        assert header, "the separator ends a header, too"
+        body, check, unsent, _ = header
         length = end - separator - content
         spans = self._spans
         spans.starts.append(self._base + start)
@@ -263,20 +265,28 @@ class Scanner:
         spans.altered.append((FIELDS if unsent else 0) | (QUOTED if quoted else 0))
         spans.checks.append(crc32(b"%d" % (content + length - body), check))
 
-    def _whole_header(self, buffer: bytes, line: re.Match[bytes], end: int) -> tuple[int, int, int]:
-        """Where the header ends, the check of From_ line and header, and its octets not sent."""
-        done, content = line.span()
+    def _whole_header(
+        self, buffer: bytes, line: re.Match[bytes], end: int
+    ) -> tuple[int, int, int, bool] | None:
+        """Four facts of the header behind a From_ line, `None` if it does not end before `end`.
+
+        Where it ends, the check of line and header, the octets that are not sent, and whether
+        there are spool headers.
+        """
+        start, content = line.span()
+        done = start
         check = unsent = 0
         for found in FIELD_OR_END.finditer(buffer, content - 1, end):
             place = found.start()
             name = found[1]
             if not name:
-                return place + 1, crc32(buffer[done : place + 1], check), unsent
+                check = crc32(buffer[done : place + 1], check)
+                return place + 1, check, unsent, done > start
             check = crc32(buffer[done:place], check)
             done = found.end()
             if name.lower() in self._strip:
                 unsent += as_sent(buffer[place + 1 : done + 1])
-        raise AssertionError("the separator ends a header, too")
+        return None
 
     def _begin(self, line: re.Match[bytes]) -> None:
         self._start = self._base + line.start()

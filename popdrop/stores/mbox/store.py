@@ -17,6 +17,7 @@ from zope.interface import implementer
 
 from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
 from popdrop.interfaces import IBlockingStore, IStoreFactory
+from popdrop.stores.mbox import search
 from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
 from popdrop.stores.mbox.folders import former, private_folder, remember
 from popdrop.stores.mbox.index import Indexes
@@ -155,8 +156,16 @@ class MboxStore:
     def tidy(self) -> None:
         """As `IBlockingStore.tidy`: journals of a crash, and half-made dot-locks.
 
+        Says, too, if the `fast` extra is broken: this is done once, at the start.
+
         Where all spools lie in one folder; those in home folders wait for a login.
         """
+        if search.IN_USE.fault:
+            log.warn(
+                "stringzilla {fault}: spools are scanned without it; install it again "
+                "(pip install 'popdrop[fast]') or remove it",
+                fault=search.IN_USE.fault,
+            )
         self.indexes.sweep()
         self._make_key()
         for path, _ in self.folders:
