@@ -46,6 +46,9 @@ DATED: Final = (
 FROM_LINE: Final = re.compile(rb"From " + DATED)
 """A From_ line with its line end."""
 
+_BOUNDARY: Final = re.compile(rb"From (?:(?<=\n\nFrom )|(?<=\n\r\nFrom ))" + DATED)
+"""The same, if an empty line is before it."""
+
 FROM: Final = b"From "
 """What From_ lines and quoted ones are found by, in one search."""
 
@@ -68,6 +71,7 @@ CONTEXT: Final = 4
 """Octets before the next one that decide what may stand there: at most two line ends count."""
 
 _LF: Final = 0x0A
+_CR: Final = 0x0D
 _QUOTE: Final = 0x3E
 
 _NOWHERE: Final = b"xxxx"
@@ -222,9 +226,9 @@ class Scanner:
                 continue  # It is within the From_ line.
             before = buffer[place - 1]
             if before == _LF:
-                separator = empty_line_before(buffer, place)
-                following = FROM_LINE.match(buffer, place, end) if separator else None
+                following = _BOUNDARY.match(buffer, place, end)
                 if following:
+                    separator = 2 if buffer[place - 2] == _CR else 1
                     if line:
                         self._whole(buffer, line, place, separator, quoted)
                     else:
@@ -233,9 +237,12 @@ class Scanner:
                     line = following
                     done, quoted = line.end(), 0
             elif before == _QUOTE and self._unquote:
-                # The run of them cannot reach over the place before.
-                run = buffer[max(last, done) - 1 : place]
-                quoted += run.rstrip(b">").endswith(b"\n")
+                if buffer[place - 2] == _LF:
+                    quoted += 1
+                elif buffer[place - 2] == _QUOTE:
+                    # The run of them cannot reach over the place before.
+                    run = buffer[max(last, done) - 1 : place]
+                    quoted += run.rstrip(b">").endswith(b"\n")
             last = place
         if line:
             self._begin(line)
