@@ -1,7 +1,8 @@
 """Finding and counting octets in a block of a spool. Pure.
 
 The standard library does it; stringzilla (`pip install popdrop[fast]`) does the same with vector
-instructions, six times as fast, which halves the time of a scan. `IN_USE` is the one that scanners take when they are made.
+instructions, six times as fast, which halves the time of a scan. `IN_USE` is what
+scanners take when they are made.
 """
 
 from __future__ import annotations
