@@ -16,6 +16,8 @@ from twisted.trial.unittest import SkipTest
 
 from tests.end_to_end.harness import DEADLINE
 
+PATIENCE = 10
+"""Seconds until a tracer that does not end is killed; no result depends on it."""
 _LINE = re.compile(r"(?:(\d+) +)?(\w+)\((.*)")
 _PATH = re.compile(r"(?:\d+|AT_FDCWD)<([^>]*)>|\"((?:[^\"\\]|\\.)*)\"")
 
@@ -62,7 +64,12 @@ class Strace:
         """Let the process go on without faults; what was traced."""
         if self._child.poll() is None:
             self._child.send_signal(signal.SIGTERM)
-            self._child.wait(DEADLINE)
+            try:
+                self._child.wait(PATIENCE)
+            except subprocess.TimeoutExpired:
+                # At times it waits for ever for a process that its own SIGKILL has ended.
+                self._child.kill()
+                self._child.wait(DEADLINE)
         assert self._child.stderr is not None
         self._child.stderr.close()
         return self._output.read_text("utf-8", "replace") if self._output.exists() else ""
