@@ -13,16 +13,22 @@ import tempfile
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 from benchmarks import report, tools
+from benchmarks.bench import LONG, SHORT, Bench, Sizes
 from benchmarks.generator import Generator, Run
+from benchmarks.mailutils import Mailutils
 from benchmarks.peers import Canned, Dovecot, DovecotTuned, Peer, Popdrop
 from benchmarks.popa3d import Popa3d
 from benchmarks.process import Failed, Machine, NotApplicable, cores
-from benchmarks.scenarios import LONG, SCENARIOS, SHORT, Bench, Scenario
+from benchmarks.scenarios import SCENARIOS, Scenario
 
-PEERS = ("popdrop", "dovecot-tuned", "dovecot-stock", "popa3d", "canned")
+PEERS = ("popdrop", "dovecot-tuned", "dovecot-stock", "popa3d", "mailutils", "canned")
+CLASSES: dict[str, type[Peer]] = {
+    cls.key: cls for cls in (Popdrop, Dovecot, DovecotTuned, Popa3d, Mailutils)
+}
 
 DESCRIPTION = """\
 Measure Popdrop and its peers in one run, side by side, and write a Markdown table.
@@ -45,9 +51,12 @@ def _parser() -> argparse.ArgumentParser:
     form = parser.add_mutually_exclusive_group()
     form.add_argument("--short", action="store_true", help="under 5 minutes (default)")
     form.add_argument("--long", action="store_true", help="larger spools, 7 runs: 30 minutes")
-    parser.add_argument("--peers", metavar="A,B", help="only these (default: all)")
+    parser.add_argument("--peers", metavar="A,B", help="only these (default: all that are quick)")
     parser.add_argument("--scenarios", metavar="A,B", help="only these (default: all)")
-    parser.add_argument("--runs", type=int, metavar="N", help="runs of each figure")
+    large = parser.add_mutually_exclusive_group()
+    large.add_argument("--large-octets", type=_count, metavar="N", help="size of the large spool")
+    large.add_argument("--large-messages", type=_count, metavar="N", help="or its messages")
+    parser.add_argument("--runs", type=_count, metavar="N", help="runs of each figure")
     parser.add_argument(
         "--folder",
         type=Path,
@@ -68,6 +77,22 @@ def _chosen(text: str | None, known: Sequence[str], parser: argparse.ArgumentPar
     return names
 
 
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"{text}: 1 or more")
+    return number
+
+
+def _sizes(given: argparse.Namespace) -> Sizes:
+    sizes = LONG if given.long else SHORT
+    if given.runs:
+        sizes = replace(sizes, runs=given.runs)
+    if given.large_octets:
+        sizes = replace(sizes, large=given.large_octets)
+    return replace(sizes, large_messages=given.large_messages)
+
+
 class Campaign:
     """One run of the program: peers, notes and results."""
 
@@ -84,8 +109,7 @@ class Campaign:
         password = secrets.token_hex(12)
         if key == Canned.key:
             return Canned(self.folder, self.core, password, self.bench.sizes.messages)
-        classes = {cls.key: cls for cls in (Popdrop, Dovecot, DovecotTuned, Popa3d)}
-        return classes[key](self.folder, self.core, password)
+        return CLASSES[key](self.folder, self.core, password)
 
     def start(self, key: str, stack: ExitStack) -> None:
         """Start one peer, or note why not."""
@@ -113,7 +137,7 @@ class Campaign:
         _say(scenario.title)
         able = [p for p in self.peers if scenario.auth is None or scenario.auth in p.auth]
         for number in scenario.rounds(self.bench):
-            for peer in list(able):
+            for peer in [peer for peer in able if scenario.takes(peer, number)]:
                 try:
                     run = scenario.measure(self.bench, peer, number)
                 except (Failed, OSError) as problem:
@@ -155,13 +179,12 @@ def main(argv: list[str] | None = None) -> int:
     given = parser.parse_args(argv)
     keys = _chosen(given.peers, PEERS, parser)
     names = _chosen(given.scenarios, [scenario.key for scenario in SCENARIOS], parser)
-    # LIST and UIDL use the maildrop that `open` has left.
-    if {"list", "uidl"} & set(names) and "open" not in names:
-        names.append("open")
+    sizes = _sizes(given)
+    if given.peers is None and not given.long:
+        keys = [key for key in keys if key not in CLASSES or not CLASSES[key].slow]
     scenarios = [scenario for scenario in SCENARIOS if scenario.key in names]
-    sizes = LONG if given.long else SHORT
-    if given.runs:
-        sizes = type(sizes)(**{**vars(sizes), "runs": given.runs})
+    if any(scenario.after_open for scenario in scenarios) and "open" not in names:
+        scenarios = [scenario for scenario in SCENARIOS if scenario.key in [*names, "open"]]
     # Ended by a signal, the servers must end too: SystemExit runs the stack below.
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     began, before = time.monotonic(), Machine.now()
@@ -185,6 +208,9 @@ def main(argv: list[str] | None = None) -> int:
             campaign.measure(scenario)
         versions = list(dict.fromkeys(peer.version() for peer in campaign.peers))
     form = f"{'long' if given.long else 'short'}, medians of {sizes.runs}, {_minutes(began)}"
+    if bench.large is not None:
+        size = bench.large.stat().st_size / 1e6
+        form += f"; the large spool has {bench.large_messages:,} messages, {size:,.0f} MB"
     text = report.document(
         report.table(scenarios, campaign.peers, campaign.results),
         versions,

@@ -39,12 +39,12 @@ struct connection {
 };
 
 static struct {
-	const char *user, *probe_user, *password;
+	const char *user, *probe_user, *password, *suffix;
 	int port, users, concurrency, window, limit;
 	uint64_t count, messages;
 	double seconds;
-	bool apop, sync, spin;
-} given = { .users = 1, .concurrency = 1, .window = 1, .limit = 120, .count = 1, .apop = true };
+	bool apop, sync, spin, alters;
+} given = { .suffix = "", .users = 1, .concurrency = 1, .window = 1, .limit = 120, .count = 1, .apop = true };
 
 /* What LIST said: sizes in octets as sent, of message i + 1; and hashes of unique-ids. */
 static uint32_t *sizes;
@@ -318,7 +318,12 @@ static void send_apop(struct connection *c, const char *user)
 	if (length < 0 || (size_t)length >= sizeof text)
 		die("the password is too long");
 	md5_hex(text, (size_t)length, digest);
-	command(c, "APOP %s %s\r\n", user, digest);
+	command(c, "APOP %s%s %s\r\n", user, given.suffix, digest);
+}
+
+static void send_user(struct connection *c, const char *user)
+{
+	command(c, "USER %s%s\r\n", user, given.suffix);
 }
 
 /* From the greeting to the answer of the login, one command at a time. */
@@ -328,7 +333,7 @@ static void login(struct connection *c, const char *user)
 	if (given.apop) {
 		send_apop(c, user);
 	} else {
-		command(c, "USER %s\r\n", user);
+		send_user(c, user);
 		await(c, STATUS, 0);
 		command(c, "PASS %s\r\n", given.password);
 	}

@@ -11,7 +11,7 @@ from typing import IO
 
 from benchmarks import tools
 from benchmarks.peers import Peer
-from benchmarks.process import Failed, Machine, start, stop, tree_cpu
+from benchmarks.process import Failed, Machine, start, stop, tree_cpu, tree_memory
 
 LIMIT = 120
 """Seconds after which a run has failed."""
@@ -43,7 +43,9 @@ class Generator:
 
     def run(self, peer: Peer, scenario: str, auth: str, **options: object) -> Run:
         """One run. Raises `Failed` on a wrong answer or after `LIMIT` seconds."""
+        options = {"suffix": peer.suffix, **options}
         words = [f"--{name.replace('_', '-')}={value}" for name, value in options.items()]
+        words += ["--alters"] if peer.alters else []
         fixed = [f"--port={peer.port}", f"--auth={auth}", f"--limit={LIMIT}", "--sync"]
         command = [str(self.program), scenario, *fixed, *words]
         env = {**os.environ, "POP_PASSWORD": peer.password}
@@ -52,7 +54,7 @@ class Generator:
         guard = threading.Timer(LIMIT + 10, child.kill)
         guard.start()
         try:
-            return self._converse(child, peer)
+            return self._converse(child, peer, scenario == "hold")
         finally:
             guard.cancel()
             stop(child)
@@ -60,10 +62,11 @@ class Generator:
                 if stream is not None:
                     stream.close()
 
-    def _converse(self, child: subprocess.Popen[bytes], peer: Peer) -> Run:
+    def _converse(self, child: subprocess.Popen[bytes], peer: Peer, weigh: bool) -> Run:
         assert child.stdin is not None and child.stdout is not None and child.stderr is not None
         if child.stdout.readline() != b"ready\n":
             raise _failure(child.stderr)
+        more = {"memory": tree_memory(peer.pid)} if weigh else {}
         cpu, machine = tree_cpu(peer.pid), Machine.now()
         _go(child.stdin)
         line = child.stdout.readline()
@@ -82,7 +85,8 @@ class Generator:
         others = max(0.0, busy - cpu - own) / seconds if seconds > 0.3 else 0.0
         if seconds > 0.3:
             self.others.append(others)
-        return Run(count, octets, seconds, cpu, own / seconds, others, found)
+        share = own / seconds if seconds else 0.0
+        return Run(count, octets, seconds, cpu, share, others, {**found, **more})
 
 
 def _go(stdin: IO[bytes]) -> None:

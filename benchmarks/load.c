@@ -11,6 +11,7 @@
  *   uidl     UIDL, the same way
  *   delete   DELE every tenth message; what is timed is QUIT; then STAT of the rest is checked
  *   open     login and STAT, then the first UIDL, while --probe-user sends NOOP at 1 kHz
+ *   hold     login, STAT, LIST, UIDL; then it is ready, and does nothing: the server's memory is read
  *   md5      no server: the digest of standard input, to check the one in md5.h
  *
  * RETR and TOP with one in flight spin instead of sleeping: only the server's wake-up is timed.
@@ -34,12 +35,20 @@ enum { MOST_CONCURRENT = 1024 };
 /* ---- Scenarios ---- */
 
 static uint64_t sessions_begun, sessions_ended;
+static bool *at_work; /* by user: in a session now */
+static int next_user;
 
 static void begin_session(struct connection *c, int queue)
 {
 	struct epoll_event event = { .events = EPOLLIN, .data.ptr = c };
 
-	c->user = (int)(sessions_begun++ % (uint64_t)given.users);
+	/* In turn, but one session may last longer than all others: none is logged in twice. */
+	do {
+		c->user = next_user;
+		next_user = (next_user + 1) % given.users;
+	} while (at_work[c->user]);
+	at_work[c->user] = true;
+	sessions_begun++;
 	dial(c, SMALL_BUFFER, SOCK_NONBLOCK);
 	if (epoll_ctl(queue, EPOLL_CTL_ADD, c->fd, &event) < 0)
 		die("epoll: %s", strerror(errno));
@@ -58,7 +67,7 @@ static void next_step(struct connection *c)
 			c->step = 2;
 			send_apop(c, user);
 		} else {
-			command(c, "USER %s\r\n", user);
+			send_user(c, user);
 		}
 		break;
 	case 1:
@@ -86,6 +95,9 @@ static void sessions(void)
 
 	if (given.concurrency > MOST_CONCURRENT || given.concurrency > given.users)
 		die("--concurrency must not be above --users, nor above %d", MOST_CONCURRENT);
+	at_work = calloc((size_t)given.users, sizeof *at_work);
+	if (!at_work)
+		die("no memory");
 	ready();
 	for (int i = 0; i < given.concurrency; i++)
 		begin_session(&slots[i], queue);
@@ -106,6 +118,7 @@ static void sessions(void)
 			if (c->step != 5)
 				die("the server has hung up at step %d", c->step);
 			close(c->fd);
+			at_work[c->user] = false;
 			sessions_ended++;
 			if (sessions_begun < given.count && !time_is_over())
 				begin_session(c, queue);
@@ -222,9 +235,28 @@ static void delete_tenth(void)
 	await(&c, STATUS, 0);
 	given.messages = 0;
 	read_stat(&c, &after, &after_octets);
-	if (after != kept || after_octets != kept_octets)
+	if (after != kept || after_octets < kept_octets ||
+	    (after_octets > kept_octets && !given.alters))
 		die("%" PRIu64 " messages of %" PRIu64 " octets are left, not %" PRIu64 " of %" PRIu64,
 		    after, after_octets, kept, kept_octets);
+	say_quit(&c);
+}
+
+/* An open maildrop of which everything is known, for as long as the other program wants. */
+static void hold(void)
+{
+	struct connection c = { 0 };
+
+	dial(&c, BUFFER, 0);
+	login(&c, given.user);
+	stat_drop(&c);
+	command(&c, "LIST\r\n");
+	await(&c, LISTING, 0);
+	command(&c, "UIDL\r\n");
+	await(&c, IDS, 0);
+	check_unique();
+	ready();
+	result(message_count, total_octets, now() - started, "");
 	say_quit(&c);
 }
 
@@ -242,6 +274,7 @@ static const struct option options[] = {
 	{ "port", required_argument, NULL, 'p' },
 	{ "user", required_argument, NULL, 'u' },
 	{ "probe-user", required_argument, NULL, 'P' },
+	{ "suffix", required_argument, NULL, 'S' },     /* behind every user's name at login */
 	{ "users", required_argument, NULL, 'n' },      /* session: how many users there are */
 	{ "auth", required_argument, NULL, 'a' },       /* apop (default) or pass */
 	{ "concurrency", required_argument, NULL, 'c' },
@@ -250,6 +283,7 @@ static const struct option options[] = {
 	{ "seconds", required_argument, NULL, 's' },    /* begin nothing new after so long */
 	{ "limit", required_argument, NULL, 'l' },      /* give up after so long */
 	{ "messages", required_argument, NULL, 'm' },   /* what STAT must say */
+	{ "alters", no_argument, NULL, 'A' }, /* the server adds header fields to what is left */
 	{ "sync", no_argument, NULL, 'y' },
 	{ 0 },
 };
@@ -263,6 +297,7 @@ static void read_options(int argc, char **argv)
 		case 'p': given.port = atoi(optarg); break;
 		case 'u': given.user = optarg; break;
 		case 'P': given.probe_user = optarg; break;
+		case 'S': given.suffix = optarg; break;
 		case 'n': given.users = atoi(optarg); break;
 		case 'a': given.apop = strcmp(optarg, "pass") != 0; break;
 		case 'c': given.concurrency = atoi(optarg); break;
@@ -271,6 +306,7 @@ static void read_options(int argc, char **argv)
 		case 's': given.seconds = atof(optarg); break;
 		case 'l': given.limit = atoi(optarg); break;
 		case 'm': given.messages = strtoull(optarg, NULL, 10); break;
+		case 'A': given.alters = true; break;
 		case 'y': given.sync = true; break;
 		default: exit(2);
 		}
@@ -309,6 +345,8 @@ int main(int argc, char **argv)
 		delete_tenth();
 	else if (strcmp(scenario, "open") == 0)
 		open_drop();
+	else if (strcmp(scenario, "hold") == 0)
+		hold();
 	else
 		die("no such scenario: %s", scenario);
 	return 0;

@@ -18,7 +18,7 @@ from pathlib import Path
 
 import popdrop
 from benchmarks import tools
-from benchmarks.process import Failed, free_port, start, stop, wait_for_greeting
+from benchmarks.process import Failed, free_port, start, stop, wait_for_greeting, wait_for_port
 from popdrop.stores.mbox import search
 
 
@@ -36,6 +36,13 @@ class Peer:
     key = ""
     title = ""
     auth: tuple[str, ...] = ("apop", "pass")
+    suffix = ""
+    """What stands behind a user's name at login."""
+    alters = False
+    """Whether it writes header fields of its own into messages that stay."""
+    slow = False
+    """It takes tens of seconds for a large spool: one run has to do, and the short form, which has
+    to end soon, leaves it out unless it is named."""
     maildrops = True
     """Whether there is any mail behind the answers."""
 
@@ -64,8 +71,17 @@ class Peer:
         self.log.touch()
         self.prepare(users)
         self.give_away()
+        self._run()
+
+    def _run(self) -> None:
         self.child = self.spawn()
         wait_for_greeting(self.child, self.port, self.log)
+
+    def restart(self) -> None:
+        """End the server and start it again, with the same port, accounts and indexes."""
+        self.stop()
+        wait_for_port(self.port)
+        self._run()
 
     def give_away(self) -> None:
         """Make the server's user the owner of its folder."""
@@ -87,17 +103,17 @@ class Peer:
         """Name and version for the table."""
         raise NotImplementedError
 
+    def spool(self, user: str) -> Path:
+        """Where this server looks for the mail of `user`."""
+        return self.spools / user
+
     def place(self, source: Path, user: str) -> None:
         """Give `user` a fresh copy of a spool."""
-        tools.place(source, self.spools / user, self.owner)
-
-    def has(self, user: str) -> bool:
-        """Whether `user` has a spool."""
-        return (self.spools / user).exists()
+        tools.place(source, self.spool(user), self.owner)
 
     def remove(self, user: str) -> None:
         """Take the spool of `user` away, to save room."""
-        (self.spools / user).unlink(missing_ok=True)
+        self.spool(user).unlink(missing_ok=True)
 
     def stop(self) -> None:
         """End the server."""

@@ -110,7 +110,7 @@ static void open_drop(void)
 	if (given.apop) {
 		send_apop(&c, given.user);
 	} else {
-		command(&c, "USER %s\r\n", given.user);
+		send_user(&c, given.user);
 		await_probing(&c, STATUS);
 		command(&c, "PASS %s\r\n", given.password);
 	}

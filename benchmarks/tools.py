@@ -7,6 +7,8 @@ import os
 import platform
 import shutil
 import subprocess
+import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from benchmarks import corpus
@@ -67,6 +69,32 @@ def place(source: Path, target: Path, owner: tuple[int, int] | None) -> None:
         os.fsync(written.fileno())
     past = target.stat().st_mtime - 3600
     os.utime(target, (past, past))
+
+
+def append(spool: Path, messages: Sequence[bytes]) -> None:
+    """Append messages to a spool that no server has open; its owner and mode stay.
+
+    Without locks: to be called only between two sessions.
+    """
+    with spool.open("r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        file.seek(max(end - 2, 0))
+        # Each message ends with its empty line (mbox(5)); a server may have left the last without.
+        if end and file.read(2) != b"\n\n":
+            file.write(b"\n")
+        file.write(b"".join(messages))
+
+
+def let_settle(path: Path, seconds: float) -> None:
+    """Wait until the last change of a file, of its times also, is so long ago."""
+    time.sleep(max(0.0, path.stat().st_ctime + seconds - time.time()))
+
+
+def empty_spool() -> Path:
+    """A spool without mail."""
+    path = cache_folder() / "empty.mbox"
+    path.touch()
+    return path
 
 
 def first_line(command: list[str]) -> str:

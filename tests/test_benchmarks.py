@@ -7,6 +7,7 @@ import json
 import mailbox
 import os
 import re
+import socket
 import socketserver
 import subprocess
 import sys
@@ -14,6 +15,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -24,12 +26,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from benchmarks import report, tools
+from benchmarks import process, report, tools
+from benchmarks.__main__ import _parser, _sizes
+from benchmarks.bench import Bench, Figure, Sizes
 from benchmarks.corpus import MEDIAN, Corpus, quote, write_spool
 from benchmarks.generator import Run
 from benchmarks.peers import Peer
-from benchmarks.process import start, stop, tree_cpu
-from benchmarks.scenarios import Figure, Scenario
+from benchmarks.process import (
+    Failed,
+    NotApplicable,
+    start,
+    stop,
+    tree_cpu,
+    tree_memory,
+    wait_for_port,
+)
+from benchmarks.scenarios import SCENARIOS, Scenario
 
 
 class CorpusTests(SynchronousTestCase):
@@ -152,6 +164,10 @@ class Maildrop:
         self.total_wrong = 0
         self.deletes = True
         self.pause = 0.0
+        self.first_pause = 0.0
+        self.appended = 0
+        self.present: set[bytes] = set()
+        self.twice: list[bytes] = []
         self.logins: list[bytes] = []
         self.commands: list[bytes] = []
 
@@ -163,7 +179,16 @@ class Maildrop:
         if self.deletes:
             kept = [i for i in range(len(self.messages)) if i not in marked]
             self.messages = [self.messages[i] for i in kept]
-            self.sizes = [self.sizes[i] for i in kept]
+            self.sizes = [self.sizes[i] + self.appended for i in kept]
+
+    def enter(self, user: bytes) -> None:
+        """A user logs in: the first one ever may be kept waiting, while others come and go."""
+        if user in self.present:
+            self.twice.append(user)
+        self.present.add(user)
+        self.logins.append(user)
+        if len(self.logins) == 1:
+            time.sleep(self.first_pause)
 
 
 class Handler(socketserver.StreamRequestHandler):
@@ -173,9 +198,14 @@ class Handler(socketserver.StreamRequestHandler):
         drop: Maildrop = self.server.drop  # type: ignore[attr-defined]
         self.wfile.write(b"+OK ready " + CHALLENGE + b"\r\n")
         marked: set[int] = set()
+        user = b""
         for line in self.rfile:
             word, *arguments = line.split()
             drop.commands.append(word)
+            if word in (b"APOP", b"USER"):
+                user = arguments[0]
+            if word == b"QUIT":
+                drop.present.discard(user)
             self.wfile.write(self.answer(drop, word, arguments, marked))
             if word == b"QUIT":
                 return
@@ -185,10 +215,10 @@ class Handler(socketserver.StreamRequestHandler):
     ) -> bytes:
         if word == b"APOP":
             digest = hashlib.md5(CHALLENGE + PASSWORD.encode()).hexdigest().encode()
-            drop.logins.append(arguments[0])
+            drop.enter(arguments[0])
             return b"+OK\r\n" if arguments[1] == digest else b"-ERR wrong digest\r\n"
         if word == b"USER":
-            drop.logins.append(arguments[0])
+            drop.enter(arguments[0])
         if word == b"PASS" and b" ".join(arguments) != PASSWORD.encode():
             return b"-ERR wrong password\r\n"
         if word == b"STAT":
@@ -296,9 +326,29 @@ class LoadTests(SynchronousTestCase):
             options = ("--users=4", "--concurrency=3", "--count=20", f"--auth={auth}")
             found = self.measured("session", *options, f"--messages={len(MESSAGES)}")
             self.assertEqual(found["count"], 20)
-            self.assertEqual(sorted(self.drop.logins), sorted([b"u0", b"u1", b"u2", b"u3"] * 5))
+            self.assertEqual(set(self.drop.logins), {b"u0", b"u1", b"u2", b"u3"})
+            self.assertEqual(len(self.drop.logins), 20)
             self.assertEqual(self.drop.commands.count(b"STAT"), 20)
             self.assertEqual(self.drop.commands.count(b"QUIT"), 20)
+
+    def test_no_user_twice(self) -> None:
+        """While one session lasts, the others come round without its user."""
+        self.drop.first_pause = 0.3
+        found = self.measured("session", "--users=4", "--concurrency=3", "--count=40")
+        self.assertEqual(found["count"], 40)
+        self.assertEqual(self.drop.twice, [])
+        self.assertEqual(set(self.drop.logins), {b"u0", b"u1", b"u2", b"u3"})
+
+    def test_suffix(self) -> None:
+        """What stands behind each name, whichever way of login it is."""
+        for auth in ("apop", "pass"):
+            options = ("--suffix=@d", f"--auth={auth}")
+            self.drop = Maildrop()
+            self.measured("session", "--users=2", "--count=2", *options)
+            self.measured("list", *options)
+            self.measured("open", "--probe-user=p", *options)
+            names = [b"p@d", b"u0@d", b"u1@d", b"u@d", b"u@d"]
+            self.assertEqual(sorted(self.drop.logins), names)
 
     def test_retr(self) -> None:
         """Every message comes in turn, one at a time or several in flight."""
@@ -318,6 +368,34 @@ class LoadTests(SynchronousTestCase):
         self.assertEqual(self.measured("delete")["count"], len(MESSAGES) // 10)
         self.assertEqual(len(self.drop.messages), len(MESSAGES) - len(MESSAGES) // 10)
         self.assertNotIn(MESSAGES[9], self.drop.messages)
+
+    def test_fields_added(self) -> None:
+        """What is left may be longer only where the server is known to add header fields."""
+        self.drop.appended = 20
+        self.assertEqual(self.measured("delete", "--alters")["count"], len(MESSAGES) // 10)
+        self.drop = Maildrop()
+        self.drop.appended = 20
+        ran = self.run_load("delete")
+        self.assertEqual(ran.returncode, 1)
+        self.assertIn("are left, not", ran.stderr)
+
+    def test_octets_lost(self) -> None:
+        """It may never be shorter."""
+        self.drop.appended = -1
+        ran = self.run_load("delete", "--alters")
+        self.assertEqual(ran.returncode, 1)
+        self.assertIn("are left, not", ran.stderr)
+
+    def test_hold(self) -> None:
+        """Ready is said only when the whole of LIST and UIDL has come."""
+        found = self.measured("hold", f"--messages={len(MESSAGES)}")
+        self.assertEqual(found["count"], len(MESSAGES))
+        self.assertEqual(self.drop.commands[-3:], [b"LIST", b"UIDL", b"QUIT"])
+
+    def test_hold_of_nothing(self) -> None:
+        """An empty maildrop has answers of no rows."""
+        self.drop.messages, self.drop.sizes, self.drop.ids = [], [], []
+        self.assertEqual(self.measured("hold")["count"], 0)
 
     def test_open(self) -> None:
         """Both sessions log in, and every NOOP of the probe is answered and counted."""
@@ -415,6 +493,7 @@ class LoadTests(SynchronousTestCase):
 
 
 _BURN = "import time\nwhile time.process_time() < 0.3: pass"
+_HOLD = "import sys\nheld = b'x' * int('{}')\nprint('held', flush=True)\nsys.stdin.read()"
 _PARENT = (
     "import subprocess, sys\nsubprocess.run([sys.executable, '-c', sys.argv[1]])\n"
     "print('done', flush=True)\nsys.stdin.read()"
@@ -441,6 +520,107 @@ class ProcessTests(SynchronousTestCase):
                 assert stream is not None
                 stream.close()
         self.assertIsNotNone(child.returncode)
+
+    def test_memory_of_descendants(self) -> None:
+        """What a child holds is its parent's tree's; 4 MB of slack is for what may be paged."""
+        core = min(os.sched_getaffinity(0))
+        weights = []
+        for size in ("0", "40000000"):
+            child = start([sys.executable, "-c", _PARENT, _HOLD.format(size)], core, pipes=True)
+            try:
+                assert child.stdout is not None
+                self.assertEqual(child.stdout.readline(), b"held\n")
+                weights.append(tree_memory(child.pid))
+            finally:
+                stop(child)
+                for stream in (child.stdin, child.stdout, child.stderr):
+                    assert stream is not None
+                    stream.close()
+        self.assertLess(abs(weights[1] - weights[0] - 40_000_000), 4_000_000)
+
+    def test_port(self) -> None:
+        """A port is waited for until nobody listens on it."""
+        self.patch(process, "STOP_SECONDS", 0.0)
+        with socket.create_server(("127.0.0.1", 0)) as server:
+            port = server.getsockname()[1]
+            self.assertRaises(Failed, wait_for_port, port)
+        wait_for_port(port)
+
+
+class SpoolTests(SynchronousTestCase):
+    """The spools that servers are given, and what comes to them later."""
+
+    def setUp(self) -> None:
+        self.patch(os, "environ", {**os.environ, "XDG_CACHE_HOME": os.path.abspath(self.mktemp())})
+
+    def test_append(self) -> None:
+        """Each message is found, whether the last one before had its empty line or not."""
+        for end in (b"", b"\n"):
+            path = Path(self.mktemp())
+            path.write_bytes(b"From a Mon Jan  1 00:00:00 2024\nSubject: x\n\nbody\n" + end)
+            tools.append(path, list(islice(Corpus(), 3)))
+            self.assertEqual(len(re.findall(rb"(?:\A|\n\n)From ", path.read_bytes())), 4)
+            self.assertNotIn(b"body\n\n\n", path.read_bytes())
+
+    def test_append_to_nothing(self) -> None:
+        """An empty spool holds then what was appended, and no more."""
+        path = Path(self.mktemp())
+        path.touch()
+        messages = list(islice(Corpus(), 2))
+        tools.append(path, messages)
+        self.assertEqual(path.read_bytes(), b"".join(messages))
+
+    def test_settled(self) -> None:
+        """The last change lies as far back as was asked for."""
+        path = Path(self.mktemp())
+        path.touch()
+        tools.let_settle(path, 0.1)
+        self.assertGreaterEqual(time.time() - path.stat().st_ctime, 0.1)
+
+    def test_arriving(self) -> None:
+        """Every peer gets the same new messages; none was there before, none comes twice."""
+        bench = Bench(NotImplemented, Sizes(1, 20, 1, 1, 1.0))
+        later = bench.arriving(10, 30)
+        first = bench.arriving(0, 20)
+        self.assertEqual(first[10:], later[:10])
+        self.assertEqual(len({*first, *later, *islice(Corpus(), 30)}), 60)
+
+    def test_large(self) -> None:
+        """The large spool has the messages that were asked for, or else the octets."""
+        for options, messages in ((["--large-messages=7"], 7), (["--large-octets=1"], 1)):
+            sizes = _sizes(_parser().parse_args(options))
+            bench = Bench(NotImplemented, replace(sizes, messages=1))
+            peer = Peer(Path(self.mktemp()), 0, "")
+            peer.owner = None
+            peer.spools.mkdir(parents=True)
+            bench.place_large(peer, "u")
+            self.assertEqual(bench.large_messages, messages)
+            self.assertEqual(
+                len(re.findall(rb"^From ", peer.spool("u").read_bytes(), re.M)), messages
+            )
+
+    def test_slow_peer(self) -> None:
+        """It takes part in every run of small maildrops, and in one of the others."""
+        peer = Peer(Path(self.mktemp()), 0, "")
+        counts = {}
+        for peer.slow in (False, True):
+            for scenario in SCENARIOS:
+                taken = sum(scenario.takes(peer, number) for number in range(3))
+                counts.setdefault(scenario.key, []).append(taken)
+        self.assertEqual(counts["session-pass"], [3, 3])
+        self.assertEqual(counts["open"], [3, 1])
+        self.assertEqual(counts["retr-1"], [3, 1])
+
+    def test_after_open(self) -> None:
+        """Nothing is said of a server that has not opened the large spool."""
+        bench = Bench(NotImplemented, Sizes(1, 1, 1, 1, 1.0))
+        peer = Peer(Path(self.mktemp()), 0, "")
+        wanting = [scenario for scenario in SCENARIOS if scenario.after_open]
+        self.assertEqual(
+            [scenario.key for scenario in wanting], ["list", "uidl", "reopen", "memory", "grown"]
+        )
+        for scenario in wanting:
+            self.assertRaises(NotApplicable, scenario.measure, bench, peer, 0)
 
 
 class ReportTests(SynchronousTestCase):
@@ -472,6 +652,26 @@ class ReportTests(SynchronousTestCase):
         figure = Figure("T", lambda run: run.seconds, False, goal=1.5)
         row = self.row(figure, [12.0], [10.0])
         self.assertEqual(row, ["T (more)", "12.0", "10.0", "1.20", "-", "1.50", "goal missed"])
+
+    def test_other_base(self) -> None:
+        """The ratio may be to another figure of Dovecot's run; the cells stay as they are."""
+        figure = Figure("T", lambda run: run.seconds, True, goal=0.5, base=lambda run: 2.0)
+        row = self.row(figure, [4.0], [40.0])
+        self.assertEqual(row[1:], ["4.0", "40.0", "2.00", "-", "0.50", "goal missed"])
+        self.assertEqual(self.row(figure, [4.0], [])[1:4], ["4.0", "-", "-"])
+
+    def test_not_measured(self) -> None:
+        """A run without this figure has a dash."""
+        figure = Figure("T", lambda run: float("nan"), True, goal=0.5)
+        self.assertEqual(self.row(figure, [4.0], [1.0])[1:4], ["-", "-", "-"])
+
+    def test_limit(self) -> None:
+        """A bound is of Popdrop's own figure, whether there is a ratio or not."""
+        figure = Figure("T", lambda run: run.seconds, True, limit=5.0)
+        row = self.row(figure, [9.0, 5.0, 1.0], [50.0])
+        self.assertEqual(row, ["T (less)", "5.0", "50.0", "0.10", "-", "at most 5", "limit met"])
+        self.assertEqual(self.row(figure, [5.1], [])[-1], "limit missed")
+        self.assertEqual(self.row(figure, [], [1.0])[-1], "-")
 
     def test_absent(self) -> None:
         """A server without runs has a dash, and there is no verdict."""
