@@ -711,6 +711,23 @@ class CommitTests(MboxCase):
         self.assertEqual(self.spool(), message(2) + message(3) + message(4))
         self.no_litter()
 
+    def test_stale_locks_go_at_the_start(self) -> None:
+        """Of a killed server: deliverers wait for them, and nobody may log in for hours."""
+        self.write(message(1))
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        folder, host = os.path.dirname(self.path), os.uname().nodename
+        for name, pid in (("bob", gone.pid), ("carol", os.getppid()), ("dave", gone.pid)):
+            with open(os.path.join(folder, f"{name}.lock"), "w") as lock:
+                lock.write(f"{pid}\n{host}\n")
+        with open(os.path.join(folder, "carol"), "xb"):
+            pass
+        self.make(locks="fcntl").tidy()
+        self.assertEqual(len(os.listdir(folder)), 5)
+        self.make().tidy()
+        # Without a spool there is no other lock under which one might be broken.
+        self.assertEqual(sorted(os.listdir(folder)), ["bob", "carol", "carol.lock", "dave.lock"])
+
     def test_a_foreign_rewrite_meets_a_journal(self) -> None:
         """R4: never overwrite; what the spool lacks of the journal is appended, the rest not."""
         self.write(message(1) + message(2) + message(3))

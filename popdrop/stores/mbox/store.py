@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import pwd
 import re
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from typing import Final
@@ -154,7 +155,7 @@ class MboxStore:
             )
 
     def tidy(self) -> None:
-        """As `IBlockingStore.tidy`: journals of a crash, and half-made dot-locks.
+        """As `IBlockingStore.tidy`: journals of a crash, stale and half-made dot-locks.
 
         Says, too, if the `fast` extra is broken: this is done once, at the start.
 
@@ -189,6 +190,33 @@ class MboxStore:
                     log.info(
                         "{count} half-made locks removed from {path}", count=count, path=folder
                     )
+            if "dot" in self.locks:
+                self._tidy_locks(folder)
+
+    def _tidy_locks(self, folder: str) -> None:
+        """Break the stale dot-locks, among them those of a killed process of ours.
+
+        Else deliverers would wait for them, Postfix 500 s, or until their users log in.
+        """
+        try:
+            with os.scandir(folder) as entries:
+                names = [entry.name for entry in entries if entry.name.endswith(".lock")]
+        except OSError:
+            return  # said when somebody logs in
+        for name in names:
+            path = os.path.join(folder, name.removesuffix(".lock"))
+            with suppress(OSError, PopdropError):
+                held = DotLock(path).look(time.time())
+                if held is None or not held.stale:
+                    continue
+                spool = open_spool(path, None)
+                if spool is None:
+                    continue
+                try:
+                    with SpoolLocks(spool.fd, path, self.locks, spool.writable):
+                        log.info("{path}.lock of {who}: was stale", path=path, who=held.holder)
+                finally:
+                    spool.close()
 
     def _make_key(self) -> None:
         """Now, while there is space: the first deletion may be on a full disk (decision 1)."""
