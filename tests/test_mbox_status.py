@@ -472,10 +472,8 @@ class KindsTests(StatusCase):
             new = FORMS[kind].between(octets[-LOOK_BACK:], new) + new
             self.append(new)
             # A delivery may make a false length true, or a CRLF of a last CR: its doing, not ours.
-            grown = [each.sent for each in read(octets + new)]
-            if grown[:-1] != [each.sent for each in before]:
-                drop.release()
-                return
+            if [each.sent for each in read(octets + new)[:-1]] != [each.sent for each in before]:
+                return drop.release()
         try:
             drop.commit(rows, seen)
         except TemporaryFailure:
