@@ -351,6 +351,32 @@ class TrustTests(IndexCase):
             self.visit(uidl=True)
         self.assertTrue([e for e in logs if "cannot be written" in str(e.get("log_format"))])
 
+    def test_a_file_from_before_1970(self) -> None:
+        """As broken tools leave them: it has an index like any other."""
+        for time_ns in (-1, -(10**18)):
+            with self.subTest(time_ns=time_ns):
+                self.write(message(1) + message(2))
+                os.utime(self.path, ns=(time_ns, time_ns))
+                self.visit(uidl=True)
+                drop = self.make().open(BOB)
+                self.assertFalse(drop.listing.measured)
+                drop.release()
+                self.same_as_fresh()
+
+    def test_the_maildrop_is_free_again_whatever_fails(self) -> None:
+        """A user must not be locked out because of an index."""
+        self.write(message(1) * 2)
+        drop = self.store.open(BOB)
+        drop.identify()
+
+        def broken(*args: object) -> None:
+            raise RuntimeError
+
+        self.patch(index_module.Index, "save", broken)
+        drop.release()
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        self.store.open(BOB).release()
+
     def test_leftovers_are_swept(self) -> None:
         self.begin(2)
         path = self.index_path()

@@ -879,15 +879,25 @@ class MboxDrop:
 
     def release(self) -> None:
         """As `IBlockingMaildrop.release`."""
-        if self._maybe_spool and self._maybe_spool.fd >= 0:
-            if not self._settled and not self._committed:
-                with suppress(OSError):
-                    self._settle()
-                    self._keep()
-            if not self.quick_release:
-                self._save()
-            self._maybe_spool.close()
-        self._session.release()
+        try:
+            if self._maybe_spool and self._maybe_spool.fd >= 0:
+                self._leave_traces()
+        except Exception:
+            # What is kept for later is worth nothing beside the lock: its user could not log in.
+            log.failure("{path}: no index of it", path=self._spool.path)
+        finally:
+            if self._maybe_spool:
+                self._maybe_spool.close()
+            self._session.release()
+
+    def _leave_traces(self) -> None:
+        """For the sessions to come."""
+        if not self._settled and not self._committed:
+            with suppress(OSError):
+                self._settle()
+                self._keep()
+        if not self.quick_release:
+            self._save()
 
     @property
     def quick_release(self) -> bool:

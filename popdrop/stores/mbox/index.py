@@ -51,7 +51,8 @@ _HIDDEN: Final = 2
 _IDENTIFIED: Final = 4
 
 # In the machine's own order of octets, as the arrays behind it: a foreign one is another format.
-_HEADER: Final = struct.Struct("=8sII5QQQQQQ32s32s32s32s")
+# Times are signed, since there are files from before 1970.
+_HEADER: Final = struct.Struct("=8sII3Q2qQQQQQ32s32s32s32s")
 _SUM: Final = 32
 _ROW: Final = 8 + 2 + 8 + 8 + 4 + 1
 
@@ -204,8 +205,10 @@ class Index:
                 self._form, tail, sums, b"",
             )[:-_SUM]  # fmt: skip
             self._write(header + sha256(header).digest(), places, named)
-        except OSError as error:
-            log.warn("{path}: cannot be written: {why}", path=self.path, why=error.strerror)
+        except (OSError, struct.error) as error:
+            # A number may be too large for its place: a time after the year 2262.
+            why = error.strerror if isinstance(error, OSError) else str(error)
+            log.warn("{path}: cannot be written: {why}", path=self.path, why=why)
             self.forget()
 
     def _write(self, *parts: bytes) -> None:
