@@ -258,12 +258,12 @@ class TrustTests(IndexCase):
         self.begin(6)
         whole = self.index()
         places = random.Random(5)
-        for position in [*range(0, 230, 9), *places.sample(range(len(whole)), 40)]:
+        for position in [*range(0, 240, 9), *places.sample(range(len(whole)), 40)]:
             with self.subTest(position=position):
                 broken = bytearray(whole)
                 broken[position] ^= 1 << places.randrange(8)
                 self.damaged(bytes(broken))
-        for length in (0, 1, 100, 215, 216, 300, len(whole) - 1):
+        for length in (0, 1, 100, 231, 232, 300, len(whole) - 1):
             with self.subTest(length=length):
                 self.damaged(whole[:length])
 
@@ -332,6 +332,18 @@ class TrustTests(IndexCase):
         drop.release()
         self.assertEqual(self.spool(), same * 7)
         self.same_as_fresh()  # and from then on it is not believed any more
+
+    def test_messages_of_one_length(self) -> None:
+        """Whose ends are equal, too: a mail reader removed as much as came."""
+        nightly = [message(100 + i, b"x" * 5000 + b"\n") for i in range(9)]
+        self.assertEqual(len({len(each) for each in nightly}), 1)
+        for name, kept in {"as many": nightly[1:4], "and one more": nightly[1:5]}.items():
+            for uidl in (False, True):
+                with self.subTest(name, uidl=uidl):
+                    self.write(b"".join(nightly[:3]))
+                    self.visit(uidl=uidl)
+                    self.write(b"".join(kept))
+                    self.same_as_fresh()
 
     def test_written_a_moment_ago(self) -> None:
         """What would not show in the file's times is looked at again."""

@@ -194,7 +194,7 @@ class MboxDrop:
             known = self._index.load()
             if known is None:
                 return False
-            if tail_of(spool, known.end) != known.tail:
+            if tail_of(spool, known.last, known.end) != known.tail:
                 log.info("{path}: was rewritten, it is scanned anew", path=spool.path)
                 return False
             self._known = known
@@ -714,7 +714,8 @@ class MboxDrop:
         if spans is self._spans and self.listing.identified:
             ids = self.listing.ids.without(rows)
         # Read before the times are set: reading sets one of them.
-        return _Left(key_of(self._spool.stat()), tail_of(self._spool, left.end), left, ids)
+        tail = tail_of(self._spool, left.last, left.end)
+        return _Left(key_of(self._spool.stat()), tail, left, ids)
 
     def _agree(
         self, found: os.stat_result, rows: list[int], refresh: Refresh
@@ -920,7 +921,7 @@ class MboxDrop:
             self._index.save(key, False, len(spans), tail, spans, ids)
         elif self._believed is not None:
             with suppress(OSError):
-                tail = tail_of(self._spool, self._end)
+                tail = tail_of(self._spool, self._spans.last, self._end)
                 if key_of(self._spool.stat()) != self._believed:
                     return  # the tail may be another one than was scanned
                 ids = self.listing.ids if self.listing.identified else None

@@ -1,7 +1,7 @@
 """The sidecar index: what a scan of a spool has found, kept in the state folder for the next login.
 
 It may be deleted at any time, and is believed only where it fits: a spool whose facts (device,
-inode, size, mtime, ctime) and last octets are those of the index holds what it held; to one that
+inode, size, mtime, ctime) and last message are those of the index holds what it held; to one that
 has grown mail was appended, and only that is scanned. Anything else, a damaged index and one of
 another format or of other options: the spool is scanned anew. Written whole to another name, then
 renamed; not synced, since each part has a sum.
@@ -37,7 +37,7 @@ SMALLEST: Final = 256 * 1024
 """Octets of a spool below which there is no index: to scan it takes less than a millisecond."""
 
 TAIL: Final = 4096
-"""Octets before the end of the last message that are compared."""
+"""Octets of the last message's beginning and of its end that are compared."""
 
 EAGER: Final = 1000
 """Messages up to which all of the index is read at login, about 60 KB."""
@@ -52,7 +52,7 @@ _IDENTIFIED: Final = 4
 
 # In the machine's own order of octets, as the arrays behind it: a foreign one is another format.
 # Times are signed, since there are files from before 1970.
-_HEADER: Final = struct.Struct("=8sII3Q2qQQQQQ32s32s32s32s")
+_HEADER: Final = struct.Struct("=8sII3Q2qQQQQQQ32s32s32s32s")
 _SUM: Final = 32
 _ROW: Final = 8 + 2 + 8 + 8 + 4 + 1
 
@@ -61,9 +61,15 @@ class Damaged(Exception):
     """An index is gone, or is not what it was."""
 
 
-def tail_of(spool: Spool, end: int) -> bytes:
-    """A sum of the last octets before `end`. Raises `OSError`."""
-    return sha256(spool.read(max(end - TAIL, 0), end)).digest()
+def tail_of(spool: Spool, last: int, end: int) -> bytes:
+    """A sum of the last octets before `end`, and of the first of the last message, from `last` on.
+
+    Its From_ line and its header are no other message's. So all before it has the length it had,
+    even where messages are of one length and end alike. Raises `OSError`.
+    """
+    near = max(end - TAIL, 0)
+    head = spool.read(last, min(last + TAIL, near)) if last < near else b""
+    return sha256(head + spool.read(near, end)).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +80,15 @@ class Known:
     `settled` whether any later write shows in them
     `proven`  messages from this one on (0-based) were scanned when the spool had this key; those
               before it in an earlier state, to which mail was appended since
-    `end`     where the last message ends with its separator, in octets
+    `last`    where the last message begins, in octets
+    `end`     where it ends with its separator
     `tail`    `tail_of` it
     """
 
     key: Key
     settled: bool
     proven: int
+    last: int
     end: int
     tail: bytes
     hidden: bool
@@ -148,8 +156,8 @@ class Index:
     def _read(self, header: bytes) -> Known | None:
         if len(header) != _HEADER.size or sha256(header[:-_SUM]).digest() != header[-_SUM:]:
             return None
-        (magic, version, flags, dev, ino, size, mtime, ctime, proven, end, count, octets, text,
-         form, tail, *rest) = _HEADER.unpack(header)  # fmt: skip
+        (magic, version, flags, dev, ino, size, mtime, ctime, proven, last, end, count, octets,
+         text, form, tail, *rest) = _HEADER.unpack(header)  # fmt: skip
         wanted = form if self._form is None else self._form
         if (magic, version, form) != (MAGIC, VERSION, wanted):
             return None
@@ -157,6 +165,7 @@ class Index:
             key=(dev, ino, size, mtime, ctime),
             settled=flags & _SETTLED > 0,
             proven=proven,
+            last=last,
             end=end,
             tail=tail,
             hidden=flags & _HIDDEN > 0,
@@ -201,8 +210,8 @@ class Index:
             flags = _SETTLED * settled | _HIDDEN * spans.hidden | _IDENTIFIED * (ids is not None)
             text = 0 if ids is None else len(ids.text)
             header = _HEADER.pack(
-                MAGIC, VERSION, flags, *key, proven, spans.end, len(spans), sum(spans.sizes), text,
-                self._form, tail, sums, b"",
+                MAGIC, VERSION, flags, *key, proven, spans.last, spans.end, len(spans),
+                sum(spans.sizes), text, self._form, tail, sums, b"",
             )[:-_SUM]  # fmt: skip
             self._write(header + sha256(header).digest(), places, named)
         except (OSError, struct.error) as error:

@@ -84,6 +84,11 @@ class Spans:
         left.end = end - removed
         return left
 
+    @property
+    def last(self) -> int:
+        """Where the last message begins; 0 where there is none."""
+        return self.starts[-1] if len(self.starts) else 0
+
     def offset(self, index: int) -> int:
         """Where the octets behind the From_ line of message `index` (0-based) begin."""
         return self.starts[index] + self.heads[index]
