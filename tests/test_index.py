@@ -345,6 +345,17 @@ class TrustTests(IndexCase):
                     self.write(b"".join(kept))
                     self.same_as_fresh()
 
+    def test_ids_of_what_was_rewritten(self) -> None:
+        """Refused in this session, as `no octets of another message`, and not for ever."""
+        same, other = message(1, b"x" * 4096 + b"\n"), message(2, b"y" * 4096 + b"\n")
+        self.write(other + same * 5)
+        self.visit()
+        self.write(same * 6)
+        drop = self.make().open(BOB)
+        self.assertRaises(TemporaryFailure, drop.identify)
+        drop.release()
+        self.same_as_fresh()
+
     def test_written_a_moment_ago(self) -> None:
         """What would not show in the file's times is looked at again."""
         self.begin(6)

@@ -565,6 +565,7 @@ class MboxDrop:
             except NotAnMbox:
                 again = Spans()
             if not spans.ends_with(again, first, start):
+                self._distrust()
                 raise TemporaryFailure(CHANGED, f"{self._spool.path}: was rewritten")
             ids = self._ids(known, locks.refresh)
             if not first:
