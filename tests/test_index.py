@@ -345,6 +345,18 @@ class TrustTests(IndexCase):
                     self.write(b"".join(kept))
                     self.same_as_fresh()
 
+    def test_messages_of_one_length_within_a_session(self) -> None:
+        """What a session leaves is no better known than what it has seen."""
+        nightly = [message(100 + i) for i in range(9)]
+        self.write(b"".join(nightly[:4]))
+        drop = self.make().open(BOB)
+        drop.identify()
+        self.write(b"".join(nightly[i] for i in (0, 1, 3, 4, 5)))
+        drop.commit([0])
+        drop.release()
+        self.assertEqual(self.spool(), b"".join(nightly[i] for i in (1, 3, 4, 5)))
+        self.same_as_fresh()
+
     def test_ids_of_what_was_rewritten(self) -> None:
         """Refused in this session, as `no octets of another message`, and not for ever."""
         same, other = message(1, b"x" * 4096 + b"\n"), message(2, b"y" * 4096 + b"\n")

@@ -611,6 +611,8 @@ class MboxDrop:
         first, kept = plan(spans, places, end, size) if places else (size, [])
         if places:
             self._check_seams(spans.starts[places[0]], kept, locks.refresh)
+        known = bool(rows) and end == spans.end >= SMALLEST
+        known = known and self._is_all_in_place(spans, found, locks.refresh)
         base = self._keep_base(spans, places, locks.refresh)
         # Nobody asked for the marks: without them, if it cannot be done with them.
         for edits in ([base + marks] if marks else []) + ([base] if rows else []):
@@ -624,7 +626,7 @@ class MboxDrop:
         else:
             return
         # A field that was put in has moved what is behind it.
-        left = self._left_by(spans, places, end) if end == spans.end and not edits else None
+        left = self._left_by(spans, places, end) if known and not edits else None
         self._set_times(has_new_mail=size > self._spans.end or self._had_new_mail)
         if left is not None:
             self._left = left._replace(key=key_of(spool.stat()))
@@ -704,6 +706,17 @@ class MboxDrop:
                 mark = as_read(spans.starts[index], header, place, b"\r\n" if crlf else b"\n")
                 marks += [mark] if mark else []
         return marks
+
+    def _is_all_in_place(self, spans: Spans, found: os.stat_result, refresh: Refresh) -> bool:
+        """Whether not only those to delete, but all of `spans` are where they were found.
+
+        Where the last one is, nothing before it was cut out (`tail_of`).
+        """
+        return (
+            spans is not self._spans
+            or key_of(found) == self._believed
+            or self._is_same(len(spans) - 1, refresh)
+        )
 
     def _left_by(self, spans: Spans, rows: list[int], end: int) -> _Left | None:
         """What is left, for the index: nobody else has written since the locks were taken."""
