@@ -72,7 +72,11 @@ class Drop:
     def __init__(self, store: Store, messages: list[bytes]) -> None:
         self.store = store
         self.messages = messages
-        self.listing = Listing(octets_as_sent(m) for m in messages)
+        self.whole = Listing(octets_as_sent(m) for m in messages)
+        self.listing = self.whole
+        if store.promises:
+            self.listing = Listing.promised(len(self.whole), self.whole.octets)
+        self.measure_answers: list[Deferred[None]] = []
         self.block = store.block
         self.hot = store.hot
         self.released = 0
@@ -84,17 +88,23 @@ class Drop:
         self.seen: set[int] | None = None
 
     async def measure(self) -> None:
-        raise AssertionError("the sizes are there")
+        assert not self.listing.measured, "the sizes are there"
+        if self.measure_answers:
+            await self.measure_answers.pop(0)
+        self.listing = self.whole
 
     async def identify(self) -> None:
+        self.listing = self.whole
         self.listing = self.listing.with_ids(b"id%d" % i for i in range(len(self.messages)))
 
     def ready(self, index: int, lines: int | None) -> bytes | None:
+        assert self.listing.measured, "where the messages lie is not known yet"
         if not self.hot:
             return None
         return Outgoing(lines=lines).whole(self.messages[index])
 
     async def fetch(self, index: int, lines: int | None) -> IBlocks:
+        assert self.listing.measured, "where the messages lie is not known yet"
         return Blocks(self, self.messages[index], lines)
 
     async def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
@@ -117,6 +127,7 @@ class Store:
         self.messages = messages
         self.block = 100
         self.hot = True
+        self.promises = False
         self.held = False
         self.opened: list[Drop] = []
         self.open_answer: Deferred[None] | None = None

@@ -6,7 +6,7 @@ from base64 import b64encode
 from typing import Any
 
 from twisted.internet.address import IPv4Address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
@@ -481,6 +481,95 @@ class IdentifyTests(SynchronousTestCase):
         lose(protocol)
         self.assertEqual(self.flushLoggedErrors(), [])
         self.assertEqual(server.store.opened[0].released, 1)
+
+
+class MeasureTests(SynchronousTestCase):
+    """A maildrop of which only the sums are known at login."""
+
+    COMMANDS = (
+        (b"LIST 2", b"RETR 1", b"UIDL", b"QUIT"),
+        (b"DELE 1", b"DELE 1", b"LIST", b"STAT", b"RETR 2", b"QUIT"),
+        (b"RETR 2", b"TOP 1 0", b"RSET", b"DELE 2", b"QUIT"),
+        (b"UIDL 1", b"LIST", b"DELE 1", b"UIDL", b"QUIT"),
+        (b"STAT", b"RETR 9", b"NOOP", b"DELE x", b"LIST 1 2", b"QUIT"),
+    )
+
+    def promising(self) -> Server:
+        server = Server()
+        server.store.promises = True
+        return server
+
+    def test_nobody_can_tell(self) -> None:
+        """Pipelined or not; answered at once, or later."""
+        for commands in self.COMMANDS:
+            plain, expected = Server().logged_in()
+            plain.dataReceived(b"".join(each + b"\r\n" for each in commands))
+            for together in (False, True):
+                for late in (False, True):
+                    with self.subTest(commands, together=together, late=late):
+                        server = self.promising()
+                        protocol, transport = server.logged_in()
+                        answer: Deferred[None] = Deferred()
+                        if late:
+                            server.store.opened[0].measure_answers = [answer]
+                        lines = [each + b"\r\n" for each in commands]
+                        for octets in [b"".join(lines)] if together else lines:
+                            protocol.dataReceived(octets)
+                        if late and not answer.called:
+                            answer.callback(None)
+                        self.assertEqual(transport.value(), expected.value())
+                        self.assertTrue(transport.disconnecting)
+
+    def test_it_fails_and_may_be_asked_again(self) -> None:
+        """As while a deliverer holds the locks: this command is refused, and no other."""
+        server = self.promising()
+        protocol, transport = server.logged_in()
+        server.store.opened[0].measure_answers = [
+            fail(TemporaryFailure("try again later")),
+            fail(TemporaryFailure("try again later")),
+            fail(RuntimeError("not for the wire")),
+        ]
+        protocol.dataReceived(b"DELE 1\r\nSTAT\r\nRETR 1\r\nLIST 1\r\n")
+        lines = transport.value().split(b"\r\n")
+        self.assertEqual(lines[:3], [b"-ERR [SYS/TEMP] try again later", b"+OK 2 25", lines[0]])
+        self.assertRegex(lines[3], rb"^-ERR \[SYS/TEMP\] internal error, see log [0-9a-f]{8}$")
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        transport.clear()
+        protocol.dataReceived(b"DELE 2\r\nLIST\r\nQUIT\r\n")
+        octets = server.store.opened[0].whole.size(0)
+        self.assertTrue(
+            transport.value().startswith(
+                b"+OK message 2 deleted\r\n+OK 1 messages (%d octets)\r\n1 %d\r\n.\r\n+OK"
+                % (octets, octets)
+            ),
+            transport.value(),
+        )
+        self.assertEqual(len(server.store.messages), 1)
+
+    def test_gone_meanwhile(self) -> None:
+        """A client that leaves is no internal error, and what it sent behind is not done."""
+        server = self.promising()
+        protocol, _ = server.logged_in()
+        answer: Deferred[None] = Deferred()
+        server.store.opened[0].measure_answers = [answer]
+        protocol.dataReceived(b"DELE 1\r\nQUIT\r\n")
+        lose(protocol)
+        self.assertEqual(self.flushLoggedErrors(), [])
+        self.assertEqual(server.store.opened[0].released, 1)
+        self.assertEqual(len(server.store.messages), 2)
+
+    def test_no_takeover_meanwhile(self) -> None:
+        server = self.promising()
+        server.factory.takeover = 30
+        first, _ = server.logged_in()
+        answer: Deferred[None] = Deferred()
+        server.store.opened[0].measure_answers = [answer]
+        first.dataReceived(b"LIST 1\r\n")
+        server.clock.advance(31)
+        second, transport = server.connect()
+        second.dataReceived(b"USER bob\r\nPASS secret\r\n")
+        self.assertIn(b"-ERR [IN-USE]", transport.value())
+        self.assertEqual(server.store.opened[0].released, 0)
 
 
 class FetchTests(SynchronousTestCase):
