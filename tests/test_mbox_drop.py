@@ -13,6 +13,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Collection
+from types import SimpleNamespace
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -418,6 +419,55 @@ class ReadTests(MboxCase):
         self.uids(drop)
         self.write(message(1, b"BODY\n"))
         self.assertRaises(TemporaryFailure, drop.source(0).verify)
+
+    def test_a_look_at_a_young_file(self) -> None:
+        """What another program writes right behind the look must show: in coarse times, too."""
+        first, second = message(1), message(2)
+        self.assertEqual(len(first), len(second))
+        for tick, start in ((10**9, 100 * 10**9), (4 * 10**6, 100 * 10**9 + 8 * 10**6)):
+            with self.subTest(tick=tick):
+                clock = self.slow_times(tick, start)
+                self.write(first + second, settled=False)
+                drop = self.opened()
+                source = drop.source(0)
+                self.assertFalse(source.unchanged())
+                source.verify()
+                self.assertTrue(source.unchanged())
+                self.assertLess(clock.now, start + 3 * 10**9)
+                with open(self.path, "r+b") as spool:
+                    spool.write(second + first)
+                clock.written = clock.now
+                self.assertFalse(source.unchanged())
+                drop.release()
+
+    def test_a_file_from_the_future(self) -> None:
+        """Its times tell nothing, so nobody waits for them."""
+        clock = self.slow_times(1, 100 * 10**9 + 1)
+        clock.written += 3600 * 10**9
+        self.write(message(1), settled=False)
+        source = self.opened().source(0)
+        source.verify()
+        self.assertTrue(source.unchanged())
+        self.assertEqual(clock.now, 100 * 10**9 + 1)
+
+    def slow_times(self, tick: int, start: int) -> SimpleNamespace:
+        """A clock of which file times show only each `tick` ns; who sleeps sets it forward."""
+        clock = SimpleNamespace(now=start, written=start)
+        real = os.fstat
+
+        def stat_(spool: spool_module.Spool) -> SimpleNamespace:
+            found = real(spool.fd)
+            facts = {name: getattr(found, name) for name in dir(found) if name.startswith("st_")}
+            shown = clock.written // tick * tick
+            return SimpleNamespace(**facts | {"st_mtime_ns": shown, "st_ctime_ns": shown})
+
+        def sleep(seconds: float) -> None:
+            clock.now += round(seconds * 10**9)
+
+        self.patch(spool_module.Spool, "stat", stat_)
+        self.patch(drop_module, "clock_ns", lambda: clock.now)
+        self.patch(time, "sleep", sleep)
+        return clock
 
     def test_verify_is_under_the_locks(self) -> None:
         self.write(message(1))

@@ -41,11 +41,13 @@ from popdrop.stores.mbox.scan import BLOCK, NotAnMbox
 from popdrop.stores.mbox.spans import FIELDS, QUOTED, REFUSED, Spans
 from popdrop.stores.mbox.spool import (
     NO_RIGHT,
+    SETTLED_NS,
     Key,
     Spool,
     is_settled,
     key_of,
     shows_changes,
+    until_shown,
 )
 from popdrop.stores.mbox.status import Edit, as_read, edited, length_of, may_insert
 from popdrop.stores.uidl import hash_in, text_of
@@ -451,6 +453,8 @@ class MboxDrop:
     def _verify(self, index: int) -> None:
         """This message, and those behind it that are likely to be asked for next."""
         spans, path = self._spans, self._spool.path
+        with told(path):
+            self._let_times_show()
         with told(path), self._locked_to_read() as locks:
             key = key_of(self._spool.stat())
             if not self._is_same(index, locks.refresh):
@@ -463,6 +467,15 @@ class MboxDrop:
                 if not self._is_same(following, locks.refresh):
                     break
                 self._verified[following] = key
+
+    def _let_times_show(self) -> None:
+        """Wait until the next write will show: what is found now is believed until then.
+
+        At most 2 s where times are whole seconds, else 20 ms. Times of the future tell nothing.
+        """
+        wait = until_shown(self._spool.stat(), clock_ns())
+        if 0 < wait <= SETTLED_NS + 1:
+            time.sleep(wait / 10**9)
 
     def _is_same(self, index: int, refresh: Refresh) -> bool:
         """Under the locks: is message `index` in its place, and the same as far as is known?"""

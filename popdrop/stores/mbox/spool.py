@@ -53,9 +53,14 @@ def is_settled(found: os.stat_result, now_ns: int) -> bool:
 
 def shows_changes(found: os.stat_result, now_ns: int) -> bool:
     """The same, if whole seconds in the ctime tell of a coarse file system and others do not."""
-    if found.st_ctime_ns % 10**9 == 0:
-        return is_settled(found, now_ns)
-    return now_ns - max(found.st_mtime_ns, found.st_ctime_ns) > FINE_NS
+    return until_shown(found, now_ns) == 0
+
+
+def until_shown(found: os.stat_result, now_ns: int) -> int:
+    """Nanoseconds until `shows_changes`, 0 for now."""
+    wanted = SETTLED_NS if found.st_ctime_ns % 10**9 == 0 else FINE_NS
+    age = now_ns - max(found.st_mtime_ns, found.st_ctime_ns)
+    return max(wanted + 1 - age, 0)
 
 
 class Spool:
