@@ -10,6 +10,7 @@ photographs that it would take for too young.
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 import time
@@ -33,6 +34,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import Busy, PopdropError, TemporaryFailure
 from popdrop.stores.mbox import drop as drop_module
+from popdrop.stores.mbox import index as index_module
 from popdrop.stores.mbox.drop import MboxDrop
 from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.locks import SpoolLocks
@@ -143,8 +145,12 @@ class Story(RuleBasedStateMachine):
     # The store's side
 
     def start_store(self) -> None:
-        self.store = MboxStore(f"{self.folder}/{{user}}", str(self.state))
-        self.store.journals.key()
+        self.store = self.make_store()
+
+    def make_store(self) -> MboxStore:
+        store = MboxStore(f"{self.folder}/{{user}}", str(self.state))
+        store.journals.key()
+        return store
 
     @initialize(messages=st.lists(MESSAGES, max_size=6), twin=st.booleans(), open_end=st.booleans())
     def begin(self, messages: list[Any], twin: bool, open_end: bool) -> None:
@@ -195,11 +201,15 @@ class Story(RuleBasedStateMachine):
         # Who delivers behind a line without its end ends it first: that is seen as a rewriting,
         # and among equal copies nothing is sure then.
         self.unended = bool(self.octets) and not self.octets.endswith(b"\n")
+        self.check_listing()
+        self.check_file()
+
+    def check_listing(self) -> None:
+        assert self.drop
         listing = self.drop.listing
         assert len(listing) == len(self.seen)
         for index, message in enumerate(self.seen):
             assert listing.size(index) == len(message.sent)
-        self.check_file()
 
     def check_file(self) -> None:
         assert self.spool.read_bytes() == self.octets
@@ -223,14 +233,17 @@ class Story(RuleBasedStateMachine):
         except TemporaryFailure:
             assert not self.appended_only
             return
-        seen: Counter[bytes] = Counter()
-        for index, message in enumerate(self.seen):
-            seen[message.uid] += 1
-            copy = seen[message.uid]
-            expected = message.uid if copy == 1 else b"%s-%d" % (message.uid, copy)
-            assert self.drop.listing.uid(index) == expected
+        self.check_ids([self.drop.listing.uid(index) for index in range(len(self.seen))])
+        for message in self.seen:
             assert self.ids.setdefault(message.immutable, message.uid) == message.uid
         assert len(set(self.ids.values())) == len(self.ids)
+
+    def check_ids(self, ids: list[bytes]) -> None:
+        seen: Counter[bytes] = Counter()
+        for message, uid in zip(self.seen, ids, strict=True):
+            seen[message.uid] += 1
+            copy = seen[message.uid]
+            assert uid == (message.uid if copy == 1 else b"%s-%d" % (message.uid, copy))
 
     @precondition(lambda self: self.drop is not None and len(self.drop.listing) > 0)
     @rule(data=st.data())
@@ -451,10 +464,147 @@ def _appended(octets: bytes, gap: bytes, new: bytes) -> bytes:
     return octets + (gap if octets else b"") + new
 
 
+class Indexed(Story):
+    """The same where each spool has an index, which may be lost or damaged at any time.
+
+    Two processes take turns with one state folder.
+    """
+
+    eager = 0
+
+    def __init__(self) -> None:
+        self.was = (drop_module.SMALLEST, drop_module.EAGER, index_module.TAIL)
+        drop_module.SMALLEST, drop_module.EAGER = 0, self.eager  # type: ignore[misc]
+        # As much less than a message as the real one is less than a long message.
+        index_module.TAIL = 60  # type: ignore[misc]
+        super().__init__()
+
+    def teardown(self) -> None:
+        drop_module.SMALLEST, drop_module.EAGER, index_module.TAIL = self.was  # type: ignore[misc]
+        super().teardown()
+
+    def start_store(self) -> None:
+        super().start_store()
+        self.other = self.make_store()
+
+    @property
+    def index(self) -> Path | None:
+        return next((self.state / "index").glob("*"), None)
+
+    @initialize(messages=st.lists(MESSAGES, max_size=6), nightly=st.integers(0, 4))
+    def begin(self, messages: list[Any], nightly: int) -> None:  # type: ignore[override]
+        """Perhaps reports that differ in their headers only."""
+        self.set_clock(ahead=True)
+        pieces = [piece(self.next(), *each) for each in messages]
+        if nightly:
+            report = ([b"-" * 100], b"\n", b"")
+            pieces = [piece(self.next(), *report) for _ in range(nightly)]
+        self.octets = b"".join(pieces)
+        self.spool.write_bytes(self.octets)
+        self.spool.chmod(0o600)
+
+    @rule()
+    def take_turns(self) -> None:
+        self.store, self.other = self.other, self.store
+
+    @rule(uidl=st.booleans())
+    def visit(self, uidl: bool) -> None:
+        """A short session with a new server, which leaves an index."""
+        self.restart()
+        self.come()
+        if uidl:
+            self.uidl()
+        self.logout()
+
+    @rule()
+    def come(self) -> None:
+        self.restart()
+        self.login(busy="")
+
+    @rule(length=st.floats(0, 1), place=st.floats(0, 0.999), bit=st.integers(0, 7))
+    def harm(self, length: float, place: float, bit: int) -> None:
+        """Lost, cut off, or with one wrong bit."""
+        self.index_lost = True
+        if self.index is None:
+            return
+        octets = bytearray(self.index.read_bytes())
+        if not length or not octets:
+            self.index.unlink()
+            return
+        octets[int(place * len(octets))] ^= 1 << bit
+        self.index.write_bytes(octets[: int(length * len(octets))])
+
+    index_lost = False
+
+    @precondition(lambda self: not self.crashed)
+    @rule(data=st.data())
+    def exchange(self, data: st.DataObject) -> None:
+        """A message goes and another of its length comes: the file's size tells nothing."""
+        pieces = cut(self.octets)
+        if not pieces or not self.octets.endswith((b"\n\n", b"\n\r\n")):
+            return
+        old = pieces.pop(data.draw(st.integers(0, len(pieces) - 1)))
+        other = piece(self.next(), [], b"\n", b"").split(b"\n")
+        new = re.sub(rb"10:\d\d:\d\d", other[0].split()[5], old, count=1)
+        new = re.sub(rb"Subject: \d+", other[1], new, count=1)
+        self.octets = b"".join([*pieces, new])
+        self.write(self.octets)
+        self.appended_only = self.restated_only = False
+
+    def check_listing(self) -> None:
+        """Sizes later: the index may be lost by then."""
+        assert self.drop
+        self.index_lost = False
+        assert len(self.drop.listing) == len(self.seen)
+        assert self.drop.listing.octets == sum(len(message.sent) for message in self.seen)
+
+    @precondition(lambda self: self.drop is not None)
+    @rule()
+    def list_all(self) -> None:
+        if self.measure():
+            super().check_listing()
+
+    def measure(self) -> bool:
+        """Whether the sizes are known."""
+        assert self.drop
+        try:
+            self.drop.measure()
+        except TemporaryFailure:
+            assert self.index_lost and not self.appended_only
+            return False
+        return True
+
+    def read(self, index: int) -> bytes:
+        if not self.measure():
+            raise TemporaryFailure("not measured")
+        return super().read(index)
+
+    def check_ids(self, ids: list[bytes]) -> None:
+        """Copies keep the numbers that they got."""
+        for message, uid in zip(self.seen, ids, strict=True):
+            assert re.fullmatch(re.escape(message.uid) + rb"(-[1-9][0-9]*)?", uid)
+        assert len(set(ids)) == len(ids)
+
+
+class Eager(Indexed):
+    """The same where all of an index is read at login."""
+
+    eager = 1000
+
+
 class ModelTests(SynchronousTestCase):
     def test_stories(self) -> None:
+        self.tell(Story)
+
+    def test_stories_of_an_index(self) -> None:
+        self.tell(Indexed)
+
+    def test_stories_of_an_index_read_at_once(self) -> None:
+        self.tell(Eager)
+
+    def tell(self, story: type[Story]) -> None:
         run_state_machine_as_test(
-            Story,
+            story,
             settings=settings(
                 max_examples=EXAMPLES,
                 stateful_step_count=STEPS,
