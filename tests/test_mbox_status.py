@@ -433,6 +433,15 @@ class KindsTests(StatusCase):
             for name in os.listdir(folder):
                 os.unlink(os.path.join(folder, name))
 
+    def same_but_base(self, found: bytes, before: bytes, ended: bytes, moved: bool) -> None:
+        """The field of the base in front of it, perhaps with folded lines, or nothing."""
+        for end in {b"", ended}:
+            if found.endswith(before + end):
+                put_in = found[: len(found) - len(before + end)]
+                if not put_in or (moved and put_in.startswith(BASE)):
+                    return
+        self.fail(f"{found!r} was {before!r}")
+
     @settings(max_examples=400, deadline=None, derandomize=True)
     @given(
         octets=anything,
@@ -458,6 +467,8 @@ class KindsTests(StatusCase):
                 before = read(octets)
         except oracle_mbox.Corrupt:
             return
+        if any(b"FOLDER INTERNAL DATA" in each.stored for each in before):
+            return  # hidden, once it is the first
         chance = random.Random(seed)
         rows = [i for i in range(len(before)) if chance.random() < 0.3]
         seen = [i for i in range(len(before)) if chance.random() < 0.5]
@@ -490,7 +501,5 @@ class KindsTests(StatusCase):
             self.assertEqual((each.uid, each.sent), (old.uid, old.sent))
             self.assertEqual((each.opening, each.from_line), (old.opening, old.from_line))
             if not may_change:
-                moved = 0 in rows and not place and not old.stored.startswith(BASE)
-                put_in = BASE if moved and each.stored.startswith(BASE) else b""
                 ended = b"\n" if new and not old.stored.endswith(b"\n") else b""
-                self.assertIn(each.stored, (put_in + old.stored, put_in + old.stored + ended))
+                self.same_but_base(each.stored, old.stored, ended, 0 in rows and not place)
