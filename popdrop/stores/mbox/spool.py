@@ -17,7 +17,7 @@ UNSAFE: Final = "maildrop is not a plain file of its user"
 COPY_BLOCK: Final = 1 << 20
 """Octets to read at a time for a hash."""
 
-PACE: Final = 256 * 1024
+PACE: Final = 1 << 20
 """Octets read by blocks until other threads are let in."""
 
 PAUSE: Final = 20e-6
