@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from struct import Struct
 
 ROWS_PER_BLOCK = 1000
@@ -28,8 +28,11 @@ class Ids:
     @classmethod
     def of(cls, ids: Iterable[bytes]) -> Ids:
         """These, in order."""
-        rows = list(ids)
-        return cls(b"".join(rows), array("I", accumulate(map(len, rows))))
+        text, ends = bytearray(), array("I")
+        for each in ids:
+            text += each
+            ends.append(len(text))
+        return cls(bytes(text), ends)
 
     def __len__(self) -> int:
         return len(self.ends)

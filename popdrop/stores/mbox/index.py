@@ -15,6 +15,7 @@ from __future__ import annotations
 import os
 import struct
 from array import array
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
 from hashlib import sha256
@@ -102,24 +103,18 @@ class Known:
 
     def places(self) -> Spans:
         """Where the messages lie. Raises `Damaged`."""
-        octets = self._index.part(self._header, 0, self.count * _ROW, self._sums[0])
-        spans = Spans(end=self.end, hidden=self.hidden)
-        start = 0
-        for column in spans.columns():
-            stop = start + self.count * column.itemsize
-            column.frombytes(octets[start:stop])
-            start = stop
-        return spans
+        starts, heads, lengths, sizes, checks, altered = columns = tuple(
+            array(column.typecode, (0,)) * self.count for column in Spans().columns()
+        )
+        self._index.fill(self._header, 0, columns, self._sums[0])
+        return Spans(starts, heads, lengths, sizes, checks, altered, self.end, self.hidden)
 
     def ids(self) -> Ids:
         """Their unique-ids, where `identified`. Raises `Damaged`."""
-        ends: array[int] = array("I")
-        length = self.count * ends.itemsize
-        octets = self._index.part(
-            self._header, self.count * _ROW, length + self._text, self._sums[1]
-        )
-        ends.frombytes(octets[:length])
-        return Ids(bytes(octets[length:]), ends)
+        ends: array[int] = array("I", (0,)) * self.count
+        text = bytearray(self._text)
+        self._index.fill(self._header, self.count * _ROW, [ends, text], self._sums[1])
+        return Ids(bytes(text), ends)
 
 
 class Index:
@@ -178,20 +173,29 @@ class Index:
             _sums=(rest[0][:16], rest[0][16:]),
         )
 
-    def part(self, header: bytes, start: int, length: int, total: bytes) -> memoryview:
-        """Octets behind the header. Raises `Damaged`."""
+    def fill(
+        self, header: bytes, start: int, buffers: Sequence[array[int] | bytearray], total: bytes
+    ) -> None:
+        """Read what is behind the header from `start` on, right to where it stays.
+
+        Raises `Damaged`.
+        """
         try:
             fd = self._open()
             try:
-                there = os.pread(fd, _HEADER.size, 0)
-                octets = _pread(fd, length, _HEADER.size + start)
+                whole = os.pread(fd, _HEADER.size, 0) == header
+                digest, place = sha256(), _HEADER.size + start
+                for buffer in buffers:
+                    with memoryview(buffer).cast("B") as octets:
+                        whole = whole and _read_whole(fd, octets, place)
+                        digest.update(octets)
+                        place += len(octets)
             finally:
                 os.close(fd)
         except OSError as error:
             raise Damaged(f"{self.path}: {error.strerror}") from None
-        if there != header or len(octets) != length or sha256(octets).digest()[:16] != total:
+        if not whole or digest.digest()[:16] != total:
             raise Damaged(f"{self.path}: is damaged or another one")
-        return octets
 
     def save(
         self,
@@ -271,15 +275,12 @@ class Indexes:
                         os.unlink(entry.path)
 
 
-def _pread(fd: int, length: int, start: int) -> memoryview:
-    """As `os.pread`, but whole where the kernel gives it in pieces."""
-    if length > os.fstat(fd).st_size:
-        return memoryview(b"")
-    octets = bytearray(length)
-    view, done = memoryview(octets), 0
-    while done < length:
-        count = os.preadv(fd, [view[done:]], start + done)
+def _read_whole(fd: int, octets: memoryview, start: int) -> bool:
+    """Fill `octets` from `start` on; the kernel may give them in pieces. False: there are fewer."""
+    done = 0
+    while done < len(octets):
+        count = os.preadv(fd, [octets[done:]], start + done)
         if not count:
-            break
+            return False
         done += count
-    return view[:done]
+    return True
