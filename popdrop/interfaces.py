@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Awaitable, Collection
 from typing import TYPE_CHECKING
 
+from twisted.cred.credentials import ICredentials
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IAddress
 
     from popdrop.listing import Listing
-    from popdrop.values import Account, Owner, SessionRecord, Source
+    from popdrop.values import Account, Owner, ScramVerifier, SessionRecord, Source
 
 
 class IStore(Interface):
@@ -139,6 +140,55 @@ class IAccounts(Interface):
 
     def lookup(name: bytes) -> Account | None:
         """Blocking. Raises `TemporaryFailure` or `PermanentFailure`, never guesses."""
+
+
+class IScramAccounts(Interface):
+    """Accounts that keep verifiers for SCRAM."""
+
+    def scram(name: bytes, algorithm: str) -> ScramVerifier | None:
+        """The verifier for `algorithm`, `SHA-1` or `SHA-256`. Blocking; raises as `lookup`.
+
+        `None` for an account without one; for a name without an account a made-up one, always the
+        same for the same name, so that the client's next message is worth nothing (RFC 5802 says
+        nothing of it; without it the challenge would tell who exists).
+        """
+
+
+class IBackend(Interface):
+    """A blocking checker: called in a thread, or by the privileged helper in its own process."""
+
+    kinds: frozenset[str] = Attribute("`password`, `apop` or both.")
+
+    def check(credentials: ICredentials) -> Account:
+        """Who these credentials belong to; those of `USER`/`PASS` and the like, or of APOP.
+
+        The account has a name, and where they are known uid, gid, home and shell. Raises
+        `NoSuchUser` and `NoVerifierOfThisKind` where the next checker may be asked,
+        `BadCredentials`, `TemporaryFailure`, `PermanentFailure`.
+        """
+
+
+class IScramCredentials(ICredentials):
+    """A finished exchange of SCRAM (RFC 5802), up to the client's proof."""
+
+    username: bytes = Attribute("The name as the client gave it.")
+    algorithm: str = Attribute("`SHA-1` or `SHA-256`.")
+
+    def check(verifier: ScramVerifier) -> bool:
+        """Whether the client has shown that it knows the password. In constant time."""
+
+
+class IBearerToken(ICredentials):
+    """A token of OAUTHBEARER (RFC 7628) or XOAUTH2."""
+
+    username: bytes = Attribute("The name that the client wants to be, maybe empty.")
+    token: bytes = Attribute("The token. Never log it.")
+
+
+class IExternal(ICredentials):
+    """EXTERNAL (RFC 4422 appendix A): TLS has verified a client certificate."""
+
+    username: bytes = Attribute("The name in the certificate.")
 
 
 class ITicket(Interface):

@@ -34,13 +34,31 @@ class Secret:
 
 
 @dataclass(frozen=True, slots=True)
+class ScramVerifier:
+    """What a server keeps of a password for SCRAM (RFC 5802 section 3).
+
+    `iterations` is PBKDF2's count. Both keys are as long as the algorithm's hash.
+    """
+
+    salt: bytes
+    iterations: int
+    stored_key: Secret
+    server_key: Secret
+
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """What is known of one account: its verifiers and the facts a policy asks for.
 
     `name` is the canonical name; a verifier that is absent is `None`. `apop_sealed` says that there
     is an APOP secret which cannot be opened (its key is gone or another one).
     `version` changes with every change of the account.
-    `uid`, `gid` and `home` are those of the system account of that name, if there is one.
+    `uid`, `gid`, `home` and `shell` are those of the system account of that name, if there is one.
+    `networks` are those from which the account may log in; none: from everywhere. `expires` is in
+    seconds since the epoch. A `read_only` session deletes nothing.
     """
 
     name: bytes
@@ -52,6 +70,10 @@ class Account:
     gid: int | None = None
     home: str | None = None
     apop_sealed: bool = False
+    shell: str | None = None
+    networks: tuple[Network, ...] = ()
+    expires: int | None = None
+    read_only: bool = False
 
     @property
     def has_apop(self) -> bool:
