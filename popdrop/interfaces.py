@@ -145,12 +145,11 @@ class IAccounts(Interface):
 class IScramAccounts(Interface):
     """Accounts that keep verifiers for SCRAM."""
 
-    def scram(name: bytes, algorithm: str) -> ScramVerifier | None:
+    def scram(name: bytes, algorithm: str) -> ScramVerifier:
         """The verifier for `algorithm`, `SHA-1` or `SHA-256`. Blocking; raises as `lookup`.
 
-        `None` for an account without one; for a name without an account a made-up one, always the
-        same for the same name, so that the client's next message is worth nothing (RFC 5802 says
-        nothing of it; without it the challenge would tell who exists).
+        For a name without an account, or an account without a verifier, a made-up one, always the
+        same for the same name, which no password satisfies: the challenge must not tell who exists.
         """
 
 

@@ -58,7 +58,8 @@ class Account:
     `version` changes with every change of the account.
     `uid`, `gid`, `home` and `shell` are those of the system account of that name, if there is one.
     `networks` are those from which the account may log in; none: from everywhere. `expires` is in
-    seconds since the epoch. A `read_only` session deletes nothing.
+    seconds since the epoch. A `read_only` session deletes nothing. `lacks_scram`: it has a password
+    that was stored without what SCRAM needs.
     """
 
     name: bytes
@@ -74,6 +75,7 @@ class Account:
     networks: tuple[Network, ...] = ()
     expires: int | None = None
     read_only: bool = False
+    lacks_scram: bool = False
 
     @property
     def has_apop(self) -> bool:

@@ -13,7 +13,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from popdrop.accounts import database as module
-from popdrop.accounts import sqlitefile
+from popdrop.accounts import rows, sqlitefile
 from popdrop.accounts.database import AccountsDatabase, Refused, SystemFacts
 from popdrop.accounts.secrets import Hasher, load_key
 from popdrop.accounts.sqlitefile import SqliteFile
@@ -430,7 +430,7 @@ class TroubleTests(DatabaseCase):
         other = sqlite3.connect(self.path, isolation_level=None)
         self.addCleanup(other.close)
         other.execute("BEGIN IMMEDIATE")
-        other.execute("UPDATE account SET disabled = 1")
+        other.execute("UPDATE accounts SET disabled = 1")
         self.assertFalse(self.found(accounts, b"bob").disabled)
         other.execute("COMMIT")
         self.assertTrue(self.found(accounts, b"bob").disabled)
@@ -484,7 +484,7 @@ class TroubleTests(DatabaseCase):
         def broken(*args: object) -> None:
             raise sqlite3.OperationalError("disk I/O error")
 
-        self.patch(module, "_put", broken)
+        self.patch(rows, "put", broken)
         self.assertRaises(
             ConfigError, accounts.change, b"bob", password=Secret(b"y"), disabled=True
         )
@@ -571,7 +571,7 @@ class SealedTests(DatabaseCase):
     def test_renamed_rows_do_not_open(self) -> None:
         accounts = self.make()
         accounts.add(b"bob", apop=Secret(self.SECRET))
-        self.sql("UPDATE account SET name = ?", (b"eve",))
+        self.sql("UPDATE accounts SET name = ?", (b"eve",))
         self.sql("UPDATE verifier SET name = ?", (b"eve",))
         self.assertIsNone(self.found(accounts, b"eve").apop_secret)
 

@@ -2,46 +2,50 @@
 
 The files are looked at before every use (decision 36). Every trouble while running is a
 `TemporaryFailure`: a database that cannot be read lets nobody in.
+
+Over 400 lines: what servers ask and what administrators change are two sides of the same rows, and
+one vault.
 """
 
 from __future__ import annotations
 
+import hmac
 import os
 import pwd
+import re
 import secrets
 import sqlite3
 import time
+from base64 import b32encode
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from enum import Enum
-from typing import Final
+from typing import Any, Final
 
 from zope.interface import implementer
 
-from popdrop.accounts.secrets import CannotOpen, Hasher, Vault, load_key, make_key
+from popdrop.accounts import rows, scram
+from popdrop.accounts.keys import KeyFile, KeySource, key_source
+from popdrop.accounts.rows import APOP, PASSWORD, AppPassword, Entry
+from popdrop.accounts.secrets import CannotOpen, Hasher, Vault, make_key, sync_folder
 from popdrop.accounts.sqlitefile import Opened, SqliteFile, transaction
 from popdrop.credentials import acceptable_name, prepared
 from popdrop.errors import BadCredentials, ConfigError, TemporaryFailure
-from popdrop.interfaces import IAccounts
-from popdrop.values import Account, Secret
-
-PASSWORD: Final = "password"  # noqa: S105 - the name of a kind of verifier
-APOP: Final = "apop"
+from popdrop.interfaces import IAccounts, IScramAccounts
+from popdrop.values import Account, Network, ScramVerifier, Secret
 
 WORDS_OCTETS: Final = 248
 """The longest password: a command line is at most 255 octets (RFC 2449 section 4), with `PASS `
 before it and CRLF behind it."""
 
-_LOOKUP: Final = (
-    "SELECT a.disabled, a.version, v.kind, v.value"
-    " FROM account AS a LEFT JOIN verifier AS v ON v.name = a.name WHERE a.name = ?"
-)
-_ENTRIES: Final = (
-    "SELECT a.name, a.disabled, a.changed, group_concat(v.kind)"
-    " FROM account AS a LEFT JOIN verifier AS v ON v.name = a.name GROUP BY a.name ORDER BY a.name"
-)
+USED_SECONDS: Final = 3600
+"""How exactly the last use of an app password is kept: a poller costs one write an hour."""
 
+NEXT_KEY: Final = ".next"
+"""Behind the name of a key file: the key that `rekey` is about to put there."""
+
+_LABEL = re.compile(r"[^\s-][^\x00-\x1f\x7f]*").fullmatch
 _NOT_OURS: Final = ("unable to open database file", "attempt to write a readonly database")
 """What SQLite says about files that we have no rights to."""
 _NO_SPACE: Final = ("disk I/O error", "database or disk is full")
@@ -59,17 +63,6 @@ class Keep(Enum):
 
 
 KEEP: Final = Keep.KEEP
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """One account as listed. `changed` is in seconds since the epoch, UTC."""
-
-    name: bytes
-    has_password: bool
-    has_apop: bool
-    disabled: bool
-    changed: int
 
 
 class SystemFacts:
@@ -100,14 +93,24 @@ class SystemFacts:
         self._known[name] = (now + self.SECONDS, facts)
         return facts
 
+    def completed(self, account: Account) -> Account:
+        """`account` with the facts of the system account of its name. Blocking."""
+        facts = self.of(account.name)
+        if facts is None:
+            return account
+        return replace(
+            account, uid=facts.pw_uid, gid=facts.pw_gid, home=facts.pw_dir, shell=facts.pw_shell
+        )
 
-@implementer(IAccounts)
+
+@implementer(IAccounts, IScramAccounts)
 class AccountsDatabase:
     """The accounts in the file `path`. All methods block and may be called from any thread.
 
     Making one raises `ConfigError` when the file is missing, damaged, of a newer Popdrop, or open
     to others. It leaves no connection open: rights may be dropped afterwards. `look_every` is in
     seconds: how long a look at the files' modes holds, for servers with many logins a second.
+    `key` says where the key is, as `keys.key_source`.
     """
 
     def __init__(
@@ -116,8 +119,10 @@ class AccountsDatabase:
         hasher: Hasher | None = None,
         system: SystemFacts | None = None,
         look_every: float = 0.0,
+        key: str | None = None,
     ) -> None:
-        self._file = SqliteFile(path, look_every)
+        self._key = key_source(key, os.path.realpath(path), os.environ)
+        self._file = SqliteFile(path, look_every, self._key.stamp)
         self._hasher = hasher if hasher is not None else Hasher()
         self._system = system if system is not None else SystemFacts()
         self._vault: tuple[object, Vault | None] = (None, None)
@@ -126,14 +131,15 @@ class AccountsDatabase:
         self.close()
 
     @classmethod
-    def create(cls, path: str) -> bool:
+    def create(cls, path: str, key: str | None = None) -> bool:
         """Make an empty database and its key. `False` when there is one. Raises `ConfigError`."""
+        source = key_source(key, os.path.realpath(path), os.environ)
         file = SqliteFile(path)
         try:
             if not file.create():
                 return False
             with file.use():
-                _make_key(file)
+                _make_key(file, source)
             file.close()
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{file.path}: {_reason(error)}") from None
@@ -153,46 +159,110 @@ class AccountsDatabase:
         """Close what is open. A later call opens it again."""
         self._file.close()
 
+    # What a server asks
+
     def lookup(self, name: bytes) -> Account | None:
         """The account of that canonical name, or `None`. Raises `TemporaryFailure`."""
         if not acceptable_name(name):
             return None
-        try:
-            with self._file.use() as opened:
-                rows = opened.connection.execute(_LOOKUP, (name,)).fetchall()
-            vault = self._vault_of(opened)
-        except (ConfigError, OSError, sqlite3.Error) as error:
-            raise TemporaryFailure(
-                "Accounts cannot be read now, try again later.", f"{self.path}: {_reason(error)}"
-            ) from None
-        facts = self._system.of(name)  # for unknown names too: the same work
-        if not rows:
-            return None
-        disabled, version = rows[0][:2]
-        values = {kind: value for _, _, kind, value in rows}
-        hashed = values.get(PASSWORD)
-        apop = self._opened(vault, name, values[APOP]) if APOP in values else None
+        with self._serving() as opened:
+            found = opened.connection.execute(rows.LOOKUP, (name,)).fetchall()
+            self._vault_of(opened)  # a key that is gone is trouble for every name alike
+            account = self._account(opened, name, found) if found else Account(name)
+        account = self._system.completed(account)  # for unknown names too: the same work
+        return account if found else None
+
+    def _account(self, opened: Opened, name: bytes, found: list[Any]) -> Account:
+        disabled, version, expires, networks, read_only = found[0][:5]
+        values = {row[5]: row[6] for row in found}
+        hashed, sealed = values.get(PASSWORD), values.get(APOP)
+        apop = None if sealed is None else self._unsealed(opened, APOP, name, sealed)
         return Account(
             name=name,
             password_hash=None if hashed is None else Secret(hashed),
             apop_secret=apop,
             disabled=bool(disabled),
             version=version,
-            uid=None if facts is None else facts.pw_uid,
-            gid=None if facts is None else facts.pw_gid,
-            home=None if facts is None else facts.pw_dir,
-            apop_sealed=APOP in values and apop is None,
+            apop_sealed=sealed is not None and apop is None,
+            networks=rows.networks_of(networks),
+            expires=expires,
+            read_only=bool(read_only),
+            lacks_scram=hashed is not None and not values.keys() >= scram.ALL_KINDS,
         )
+
+    def scram(self, name: bytes, algorithm: str) -> ScramVerifier:
+        """As `IScramAccounts.scram`. Raises `TemporaryFailure`."""
+        kind = scram.KINDS[algorithm]
+        sealed: list[bytes] = []
+        with self._serving() as opened:
+            if acceptable_name(name):
+                found = rows.verifiers(opened.connection, name)
+                sealed = [value for _, each, value in found if each == kind]
+            vault = self._vault_of(opened)
+            if vault is None:
+                raise TemporaryFailure("Account cannot be verified.", f"{self._key.what}: gone")
+            made_up = scram.decoy(vault.decoy_key, algorithm, name)
+            if not sealed:
+                return made_up
+            secret = self._unsealed(opened, kind, name, sealed[0])
+        if secret is None:
+            raise TemporaryFailure(
+                "Account cannot be verified.", "a SCRAM verifier does not open: the wrong key?"
+            )
+        return scram.unpacked(algorithm, secret)
+
+    def app_password(self, name: bytes, words: bytes) -> AppPassword | None:
+        """The app password of an account that `words` are. Raises `TemporaryFailure`."""
+        with self._serving() as opened:
+            digest = rows.app_digest(opened.database_id, words)
+            for each in rows.app_passwords(opened.connection, name):
+                if hmac.compare_digest(each.digest.reveal(), digest):
+                    return each
+        return None
+
+    def note_use(self, name: bytes, used: AppPassword, now: float) -> None:
+        """Remember that an app password was used, once an hour. Raises `ConfigError`."""
+        if used.used is not None and 0 <= now - used.used < USED_SECONDS:
+            return
+        with self._administration() as opened:
+            opened.connection.execute(
+                "UPDATE app_password SET used = ? WHERE name = ? AND label = ?",
+                (int(now), name, used.label),
+            )
+
+    def improve(self, account: Account, password: Secret) -> bool:
+        """Give `account` today's hash and SCRAM verifiers of the password it has just logged in by.
+
+        `False` if it has changed meanwhile, or the words cannot be a password here.
+        """
+        try:
+            words = checked_words(password)
+        except Refused:
+            return False
+        made = self._made(words)
+        with self._administration() as opened, transaction(opened.connection):
+            row = opened.connection.execute(
+                "SELECT 1 FROM accounts WHERE name = ? AND version = ?",
+                (account.name, account.version),
+            ).fetchone()
+            if row is not None:
+                self._put_password(opened, account.name, made)
+        return row is not None
+
+    # What administrators see
 
     def entries(self) -> list[Entry]:
         """All accounts, by name. Opens no secret. Raises `ConfigError`, as all below."""
         with self._administration() as opened:
-            rows = opened.connection.execute(_ENTRIES).fetchall()
-        found = []
-        for name, disabled, changed, kinds in rows:
-            has = (kinds or "").split(",")
-            found.append(Entry(name, PASSWORD in has, APOP in has, bool(disabled), changed))
-        return found
+            return rows.entries(opened.connection)
+
+    def entry(self, name: bytes) -> Entry:
+        """One account. Raises `Refused` when there is none."""
+        with self._administration() as opened:
+            found = rows.entries(opened.connection, name)
+        if not found:
+            raise Refused(f"{shown(name)}: no such account")
+        return found[0]
 
     def names(self) -> list[bytes]:
         """The canonical names of all accounts, in order."""
@@ -201,11 +271,18 @@ class AccountsDatabase:
     def has(self, name: bytes) -> bool:
         """Whether there is an account of that canonical name."""
         with self._administration() as opened:
-            return _exists(opened.connection, name)
+            return rows.exists(opened.connection, name)
+
+    def app_passwords(self, name: bytes) -> list[AppPassword]:
+        """The app passwords of an account, by label."""
+        with self._administration() as opened:
+            return rows.app_passwords(opened.connection, name)
+
+    # What they change
 
     def add(self, name: bytes, password: Secret | None = None, apop: Secret | None = None) -> None:
         """A new account. Raises `Refused` for an existing or unacceptable name or bad words."""
-        self._write(checked_name(name), True, password, apop, False)
+        self._write(checked_name(name), True, password, apop, {})
 
     def change(
         self,
@@ -214,12 +291,22 @@ class AccountsDatabase:
         password: Secret | Keep | None = KEEP,
         apop: Secret | Keep | None = KEEP,
         disabled: bool | Keep = KEEP,
+        expires: int | Keep | None = KEEP,
+        networks: tuple[Network, ...] | Keep = KEEP,
+        read_only: bool | Keep = KEEP,
     ) -> None:
-        """Change several things of an account at once; `None` removes a verifier.
+        """Change several things of an account at once; `None` removes a verifier or the expiry.
 
-        Raises `Refused` for an unknown name or bad words.
+        `expires` is in seconds since the epoch. Raises `Refused` for an unknown name or bad words.
         """
-        self._write(name, False, password, apop, disabled)
+        facts: dict[str, object] = {
+            "disabled": disabled,
+            "expires": expires,
+            "networks": networks if isinstance(networks, Keep) else rows.networks_text(networks),
+            "read_only": read_only,
+        }
+        given = {key: value for key, value in facts.items() if value is not KEEP}
+        self._write(name, False, password, apop, given)
 
     def set_password(self, name: bytes, password: Secret | None) -> None:
         """Set or remove the password, as `change`."""
@@ -238,11 +325,128 @@ class AccountsDatabase:
         self.change(name, disabled=False)
 
     def delete(self, name: bytes) -> None:
-        """Remove the account and its verifiers. Raises `Refused` when there is none."""
+        """Remove the account and all that belongs to it. Raises `Refused` when there is none."""
         with self._administration() as opened, transaction(opened.connection):
-            if not _exists(opened.connection, name):
-                raise Refused(f"{shown(name)}: no such account")
-            opened.connection.execute("DELETE FROM account WHERE name = ?", (name,))
+            self._demand(opened, name)
+            opened.connection.execute("DELETE FROM accounts WHERE name = ?", (name,))
+
+    def rename(self, name: bytes, new: bytes) -> None:
+        """Give an account another name; secrets are sealed for it anew. Its mail is not touched.
+
+        Raises `Refused` when the one is not there, the other is, or a secret does not open.
+        """
+        new = checked_name(new)
+        with self._administration() as opened, transaction(opened.connection):
+            connection = opened.connection
+            self._demand(opened, name)
+            if rows.exists(connection, new):
+                raise Refused(f"{shown(new)}: there is such an account already")
+            connection.execute(
+                "INSERT INTO accounts (name, disabled, version, changed, expires, networks,"
+                " read_only) SELECT ?, disabled, ?, ?, expires, networks, read_only"
+                " FROM accounts WHERE name = ?",
+                (new, secrets.randbits(62), int(time.time()), name),
+            )
+            connection.execute("UPDATE app_password SET name = ? WHERE name = ?", (new, name))
+            for _, kind, value in rows.verifiers(connection, name):
+                if kind != PASSWORD:
+                    value = self._resealed(self._vault_of(opened), kind, name, value, new)
+                rows.put(connection, new, kind, value)
+            connection.execute("DELETE FROM accounts WHERE name = ?", (name,))
+
+    def add_app_password(
+        self,
+        name: bytes,
+        label: str,
+        *,
+        read_only: bool = False,
+        networks: tuple[Network, ...] = (),
+        expires: int | None = None,
+    ) -> Secret:
+        """Make an app password: 26 letters and digits in groups, told this one time.
+
+        Raises `Refused` for an unknown name, and a label that is taken or not fit to be one.
+        """
+        if len(label) > rows.LABEL_CHARACTERS or not _LABEL(label) or not label.isprintable():
+            raise Refused(
+                f"this label cannot be used: 1 to {rows.LABEL_CHARACTERS} printable characters,"
+                " beginning with no blank or hyphen"
+            )
+        plain = b32encode(secrets.token_bytes(20))[:26].lower()
+        words = b"-".join(plain[index : index + 5] for index in range(0, 25, 5)) + plain[25:]
+        with self._administration() as opened, transaction(opened.connection):
+            self._demand(opened, name)
+            made = AppPassword(
+                label,
+                Secret(rows.app_digest(opened.database_id, words)),
+                read_only,
+                networks,
+                expires,
+                int(time.time()),
+            )
+            try:
+                rows.put_app_password(opened.connection, name, made)
+            except sqlite3.IntegrityError:
+                raise Refused(
+                    f"{shown(name)} has an app password of that label already; delete it first"
+                ) from None
+        return Secret(words)
+
+    def delete_app_password(self, name: bytes, label: str) -> None:
+        """Take an app password back, at once. Raises `Refused` when there is none."""
+        with self._administration() as opened, transaction(opened.connection):
+            gone = opened.connection.execute(
+                "DELETE FROM app_password WHERE name = ? AND label = ?", (name, label)
+            )
+            if not gone.rowcount:
+                raise Refused(f"{shown(name)} has no app password of that label")
+            self._stamp(opened, name)
+
+    def rekey(self, key: str | None = None) -> int:
+        """Seal all secrets anew, under a new key; `key` names another source. How many there were.
+
+        All or nothing: until the transaction is done the old key holds, from then on the new one,
+        also where the new file has not got its name yet. Raises `Refused` where there is no key or
+        a secret does not open.
+        """
+        source = self._key if key is None else key_source(key, self.path, os.environ)
+        with self._administration() as opened, transaction(opened.connection):
+            old = self._vault_of(opened)
+            if old is None:
+                raise Refused(f"{self._key.what} is missing: there is nothing to change")
+            draft = self._next_key(source)
+            vault = Vault(draft.load(), opened.database_id)
+            if vault.key_id == old.key_id:
+                raise Refused(f"{draft.what}: the same key as before")
+            count = 0
+            for name, kind, value in rows.verifiers(opened.connection):
+                if kind != PASSWORD:
+                    value = self._resealed(old, kind, name, value, name, vault)
+                    rows.put(opened.connection, name, kind, value)
+                    count += 1
+            opened.connection.execute(
+                "INSERT OR REPLACE INTO meta (name, value) VALUES ('key', ?)", (vault.key_id,)
+            )
+        self._settle_key(source)
+        self._key = source
+        self._vault = (None, None)
+        return count
+
+    def _next_key(self, source: KeySource) -> KeySource:
+        """A source that has the key to be: a new file beside the old one, or what is there."""
+        if source.path is None:
+            return source
+        path = source.path if source is not self._key else source.path + NEXT_KEY
+        with suppress(FileExistsError):
+            _make_key_file(path, self._file)
+        return KeyFile(path)
+
+    def _settle_key(self, source: KeySource) -> None:
+        if source is self._key and source.path is not None:
+            os.rename(source.path + NEXT_KEY, source.path)
+            sync_folder(os.path.dirname(source.path))
+
+    # Parts
 
     def _write(
         self,
@@ -250,37 +454,82 @@ class AccountsDatabase:
         new: bool,
         password: Secret | Keep | None,
         apop: Secret | Keep | None,
-        disabled: bool | Keep,
+        facts: dict[str, object],
     ) -> None:
-        hashed = (
-            self._hasher.hash(checked_words(password)) if isinstance(password, Secret) else password
-        )
+        made = self._made(checked_words(password)) if isinstance(password, Secret) else password
         words = Secret(checked_words(apop)) if isinstance(apop, Secret) else apop
         with self._administration() as opened, transaction(opened.connection):
             connection = opened.connection
-            if _exists(connection, name) is new:
+            if rows.exists(connection, name) is new:
                 reason = "there is such an account already; `passwd` changes it"
                 raise Refused(f"{shown(name)}: {reason if new else 'no such account'}")
-            stamp = (secrets.randbits(62), int(time.time()), name)
-            connection.execute(
-                "INSERT INTO account (version, changed, name) VALUES (?, ?, ?)"
-                if new
-                else "UPDATE account SET version = ?, changed = ? WHERE name = ?",
-                stamp,
-            )
-            if not isinstance(disabled, Keep):
+            if new:
                 connection.execute(
-                    "UPDATE account SET disabled = ? WHERE name = ?", (disabled, name)
+                    "INSERT INTO accounts (version, changed, name) VALUES (0, 0, ?)", (name,)
                 )
-            if not isinstance(hashed, Keep):
-                _put(connection, name, PASSWORD, None if hashed is None else hashed.reveal())
+            self._stamp(opened, name)
+            for column, value in facts.items():
+                connection.execute(
+                    f"UPDATE accounts SET {column} = ? WHERE name = ?",  # noqa: S608 - our own words
+                    (value, name),
+                )
+            if not isinstance(made, Keep):
+                self._put_password(opened, name, made)
             if isinstance(words, Secret):
-                # Looked at once more: until the transaction began another may have made the key.
-                opened = opened._replace(seen=self._file.look())
-                vault = self._vault_of(opened) or self._new_vault(opened)
-                _put(connection, name, APOP, vault.seal(APOP, name, words))
+                vault = self._vault_for_writing(opened)
+                rows.put(connection, name, APOP, vault.seal(APOP, name, words))
             elif words is None:
-                _put(connection, name, APOP, None)
+                rows.put(connection, name, APOP, None)
+
+    def _made(self, words: bytes) -> dict[str, Secret]:
+        """The verifiers of a new password, still open. Takes some 30 ms."""
+        made = {PASSWORD: self._hasher.hash(words)}
+        for algorithm, kind in scram.KINDS.items():
+            made[kind] = scram.packed(scram.derived(algorithm, words))
+        return made
+
+    def _put_password(self, opened: Opened, name: bytes, made: dict[str, Secret] | None) -> None:
+        for kind in (PASSWORD, *scram.KINDS.values()):
+            rows.put(opened.connection, name, kind, None)
+        if made is None:
+            return
+        rows.put(opened.connection, name, PASSWORD, made[PASSWORD].reveal())
+        vault = self._vault_of(opened)
+        for kind, secret in made.items():
+            # Without a key there is no SCRAM; logins by password go on (decision 21).
+            if kind != PASSWORD and vault is not None:
+                rows.put(opened.connection, name, kind, vault.seal(kind, name, secret))
+
+    def _demand(self, opened: Opened, name: bytes) -> None:
+        """`name` has an account, and it is being changed."""
+        if not rows.exists(opened.connection, name):
+            raise Refused(f"{shown(name)}: no such account")
+        self._stamp(opened, name)
+
+    def _stamp(self, opened: Opened, name: bytes) -> None:
+        opened.connection.execute(
+            "UPDATE accounts SET version = ?, changed = ? WHERE name = ?",
+            (secrets.randbits(62), int(time.time()), name),
+        )
+
+    def _resealed(
+        self,
+        vault: Vault | None,
+        kind: str,
+        name: bytes,
+        value: bytes,
+        new_name: bytes,
+        new_vault: Vault | None = None,
+    ) -> bytes:
+        try:
+            if vault is None:
+                raise CannotOpen("no key")
+            return (new_vault or vault).seal(kind, new_name, vault.open(kind, name, value))
+        except CannotOpen as error:
+            raise Refused(
+                f"{shown(name)}: a secret does not open ({error}); set it anew, or remove it with"
+                f" `popdrop user passwd --remove`"
+            ) from None
 
     @contextmanager
     def _administration(self) -> Iterator[Opened]:
@@ -290,6 +539,16 @@ class AccountsDatabase:
         except (OSError, sqlite3.Error) as error:
             raise ConfigError(f"{self.path}: {_reason(error)}") from None
 
+    @contextmanager
+    def _serving(self) -> Iterator[Opened]:
+        try:
+            with self._file.use() as opened:
+                yield opened
+        except (ConfigError, OSError, sqlite3.Error, ValueError) as error:
+            raise TemporaryFailure(
+                "Accounts cannot be read now, try again later.", f"{self.path}: {_reason(error)}"
+            ) from None
+
     def _vault_of(self, opened: Opened) -> Vault | None:
         """The vault under the key that was just looked at. Raises `ConfigError`, `OSError`."""
         stamp = (opened.database_id, opened.seen.key)
@@ -297,25 +556,56 @@ class AccountsDatabase:
         if known == stamp:
             return vault
         if opened.seen.key is not None:
-            vault = Vault(load_key(self._file.key_path), opened.database_id)
+            vault = self._finished_vault(opened, Vault(self._key.load(), opened.database_id))
         elif vault is not None:
-            raise ConfigError(f"{self._file.key_path}: gone; restore it from the backup")
+            raise ConfigError(f"{self._key.what}: gone; restore it from the backup")
         self._vault = (stamp, vault)
         return vault
 
-    def _new_vault(self, opened: Opened) -> Vault:
-        sealed = "SELECT 1 FROM verifier WHERE kind = ?"
-        if opened.connection.execute(sealed, (APOP,)).fetchone():
+    def _finished_vault(self, opened: Opened, vault: Vault) -> Vault:
+        """`vault`, or the one of a `rekey` that was killed before the new key had its name."""
+        wanted = rows.meta(opened.connection, "key")
+        if wanted in (None, vault.key_id) or self._key.path is None:
+            return vault
+        try:
+            following = Vault(KeyFile(self._key.path + NEXT_KEY).load(), opened.database_id)
+        except FileNotFoundError:
+            return vault
+        if following.key_id != wanted:
+            return vault
+        with suppress(OSError):  # one who may only read leaves it to one who may write
+            self._settle_key(self._key)
+        return following
+
+    def _vault_for_writing(self, opened: Opened) -> Vault:
+        # Looked at once more: until the transaction began another may have made the key.
+        opened = opened._replace(seen=self._file.look())
+        vault = self._vault_of(opened)
+        if vault is not None:
+            return vault
+        if any(kind == APOP for _, kind, _ in rows.verifiers(opened.connection)):
             raise Refused(
-                f"{self._file.key_path} is missing, but secrets are sealed with it:"
+                f"{self._key.what} is missing, but secrets are sealed with it:"
                 " restore it from the backup, or remove all APOP secrets first"
             )
-        _make_key(self._file)
-        return Vault(load_key(self._file.key_path), opened.database_id)
+        # What SCRAM needs is made anew at the next login by password.
+        opened.connection.execute("DELETE FROM verifier WHERE kind != ?", (PASSWORD,))
+        _make_key(self._file, self._key)
+        return Vault(self._key.load(), opened.database_id)
 
-    def _opened(self, vault: Vault | None, name: bytes, sealed: bytes) -> Secret | None:
+    def _unsealed(self, opened: Opened, kind: str, name: bytes, sealed: bytes) -> Secret | None:
+        vault = self._vault_of(opened)
+        if vault is None:
+            return None
         try:
-            return None if vault is None else vault.open(APOP, name, sealed)
+            return vault.open(kind, name, sealed)
+        except CannotOpen:
+            pass
+        # A new key may have come since the last look.
+        self._vault = (None, vault)
+        vault = self._vault_of(opened._replace(seen=self._file.look()))
+        try:
+            return None if vault is None else vault.open(kind, name, sealed)
         except CannotOpen:
             return None
 
@@ -334,15 +624,20 @@ def checked_name(name: bytes) -> bytes:
     return canonical
 
 
-def _make_key(file: SqliteFile) -> None:
+def _make_key(file: SqliteFile, source: KeySource) -> None:
+    """Make the key where it is ours to make."""
+    if source.path is not None:
+        with suppress(FileExistsError):
+            # Kept from an earlier database, or made by another process just now.
+            _make_key_file(source.path, file)
+
+
+def _make_key_file(path: str, file: SqliteFile) -> None:
     owner = os.lstat(file.path)
-    try:
-        if os.geteuid() == 0:
-            make_key(file.key_path, owner.st_uid, owner.st_gid)
-        else:
-            make_key(file.key_path)
-    except FileExistsError:
-        pass  # kept from an earlier database, or made by another process just now
+    if os.geteuid() == 0:
+        make_key(path, owner.st_uid, owner.st_gid)
+    else:
+        make_key(path)
 
 
 def checked_words(secret: Secret) -> bytes:
@@ -359,19 +654,6 @@ def checked_words(secret: Secret) -> bytes:
         "not UTF-8, or with characters that are not allowed in a password: control characters"
         " and those that SASLprep (RFC 4013) prohibits"
     )
-
-
-def _exists(connection: sqlite3.Connection, name: bytes) -> bool:
-    row = connection.execute("SELECT 1 FROM account WHERE name = ?", (name,)).fetchone()
-    return row is not None
-
-
-def _put(connection: sqlite3.Connection, name: bytes, kind: str, value: bytes | None) -> None:
-    connection.execute("DELETE FROM verifier WHERE name = ? AND kind = ?", (name, kind))
-    if value is not None:
-        connection.execute(
-            "INSERT INTO verifier (name, kind, value) VALUES (?, ?, ?)", (name, kind, value)
-        )
 
 
 def shown(name: bytes) -> str:

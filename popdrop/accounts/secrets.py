@@ -82,27 +82,31 @@ class CannotOpen(Exception):
 
 
 class Vault:
-    """Seals and opens the secrets of one database under one key."""
+    """Seals and opens the secrets of one database under one key.
+
+    `key_id` tells keys apart and nothing of them. `decoy_key` is for `scram.decoy`: secret, and the
+    same as long as the key is.
+    """
 
     def __init__(self, key: Secret, database_id: bytes) -> None:
         self._cipher = AESGCM(key.reveal())
-        digest = hashlib.sha256(b"popdrop key id\0" + key.reveal()).digest()
-        self._key_id = digest[:_KEY_ID_OCTETS]
+        self.key_id = hashlib.sha256(b"popdrop key id\0" + key.reveal()).digest()[:_KEY_ID_OCTETS]
         # All parts before the kind have a fixed length and a kind holds no NUL: no two sets of
         # facts give the same octets.
-        self._bound = b"popdrop sealed 1\0" + database_id + self._key_id
+        self._bound = b"popdrop sealed 1\0" + database_id + self.key_id
+        self.decoy_key = hashlib.sha256(b"popdrop decoys\0" + database_id + key.reveal()).digest()
 
     def seal(self, kind: str, name: bytes, secret: Secret) -> bytes:
         """Format octet, key id, nonce, cipher text and tag."""
         nonce = secrets.token_bytes(_NONCE_OCTETS)
         text = self._cipher.encrypt(nonce, secret.reveal(), self._facts(kind, name))
-        return _FORMAT + self._key_id + nonce + text
+        return _FORMAT + self.key_id + nonce + text
 
     def open(self, kind: str, name: bytes, sealed: bytes) -> Secret:
         """The secret. Raises `CannotOpen`."""
         if (
             len(sealed) < _HEAD + _TAG_OCTETS
-            or sealed[: _HEAD - _NONCE_OCTETS] != _FORMAT + self._key_id
+            or sealed[: _HEAD - _NONCE_OCTETS] != _FORMAT + self.key_id
         ):
             raise CannotOpen("sealed with another key")
         nonce = sealed[_HEAD - _NONCE_OCTETS : _HEAD]
@@ -142,6 +146,19 @@ def load_key(path: str) -> Secret:
             f"{path}: a key has {KEY_OCTETS} octets, this file has not; restore it from the backup"
         )
     return Secret(key)
+
+
+def private_facts(path: str) -> os.stat_result:
+    """lstat(2) of a regular file to which nobody but its owner has rights.
+
+    Raises `ConfigError` for any other, and `OSError`.
+    """
+    facts = os.lstat(path)
+    if not stat.S_ISREG(facts.st_mode):
+        raise ConfigError(f"{path}: not a regular file")
+    if facts.st_mode & 0o077:
+        raise ConfigError(f"{path}: group or others have rights; chmod 600 {path}")
+    return facts
 
 
 def make_key(path: str, uid: int = -1, gid: int = -1) -> None:

@@ -10,15 +10,14 @@ from __future__ import annotations
 import os
 import secrets
 import sqlite3
-import stat
 import time
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 from urllib.parse import quote
 
-from popdrop.accounts.secrets import sync_folder
+from popdrop.accounts.secrets import private_facts, sync_folder
 from popdrop.errors import ConfigError
 
 PATIENCE: Final = 1.0
@@ -44,6 +43,24 @@ _MIGRATIONS: Final = (
         " PRIMARY KEY (name, kind)"
         ") WITHOUT ROWID",
     ),
+    # Restrictions of an account, which a server that does not know them must not overlook.
+    (
+        "ALTER TABLE account RENAME TO accounts",
+        "ALTER TABLE accounts ADD COLUMN expires INTEGER",
+        "ALTER TABLE accounts ADD COLUMN networks TEXT NOT NULL DEFAULT ''",
+        "ALTER TABLE accounts ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0",
+        "CREATE TABLE app_password ("
+        " name BLOB NOT NULL REFERENCES accounts (name) ON DELETE CASCADE,"
+        " label TEXT NOT NULL,"
+        " digest BLOB NOT NULL,"
+        " read_only INTEGER NOT NULL,"
+        " networks TEXT NOT NULL,"
+        " expires INTEGER,"
+        " created INTEGER NOT NULL,"
+        " used INTEGER,"
+        " PRIMARY KEY (name, label)"
+        ") WITHOUT ROWID",
+    ),
 )
 
 
@@ -51,7 +68,7 @@ class Seen(NamedTuple):
     """What a look at the files found: which database and which key; `None`: there is no key."""
 
     database: tuple[int, int]
-    key: tuple[int, int, int, int] | None
+    key: Hashable | None
 
 
 class Opened(NamedTuple):
@@ -66,14 +83,20 @@ class SqliteFile:
     """The file and its connections. May be used from any thread; connections are kept for reuse.
 
     The files' modes are looked at when they are used, but not again within `look_every` seconds.
+    `key_stamp` looks at the key, as `keys.KeySource.stamp`.
     """
 
-    def __init__(self, path: str, look_every: float = 0.0) -> None:
+    def __init__(
+        self,
+        path: str,
+        look_every: float = 0.0,
+        key_stamp: Callable[[], Hashable | None] = lambda: None,
+    ) -> None:
         self.path = os.path.realpath(path)
+        self._key_stamp = key_stamp
         self._look_every = look_every
         self._looked: tuple[float, Seen] | None = None
         self.folder = os.path.dirname(self.path)
-        self.key_path = self.path + ".key"
         self._companions = (self.path + "-wal", self.path + "-shm")
         self._idle: deque[Opened] = deque()
 
@@ -106,25 +129,22 @@ class SqliteFile:
         """
         self._look_at_folder()
         try:
-            facts = os.lstat(self.path)
+            facts = private_facts(self.path)
         except FileNotFoundError:
             raise ConfigError(
                 f"{self.path}: no such accounts database;"
                 f" `popdrop user add --db {self.path} NAME` makes one"
             ) from None
-        _private(self.path, facts.st_mode)
         for companion in self._companions:
             try:
-                _private(companion, os.lstat(companion).st_mode)
+                private_facts(companion)
             except FileNotFoundError:
                 continue
-        try:
-            key = os.lstat(self.key_path)
-        except FileNotFoundError:
-            return Seen((facts.st_dev, facts.st_ino), None)
-        _private(self.key_path, key.st_mode)
-        stamp = (key.st_dev, key.st_ino, key.st_size, key.st_mtime_ns)
-        return Seen((facts.st_dev, facts.st_ino), stamp)
+        return Seen((facts.st_dev, facts.st_ino), self._key_stamp())
+
+    def forget_look(self) -> None:
+        """Look again at the next use, however lately that was."""
+        self._looked = None
 
     def _lately_seen(self) -> Seen:
         now = time.monotonic()
@@ -237,10 +257,3 @@ def transaction(connection: sqlite3.Connection) -> Iterator[None]:
         connection.execute("ROLLBACK")
         raise
     connection.execute("COMMIT")
-
-
-def _private(path: str, mode: int) -> None:
-    if not stat.S_ISREG(mode):
-        raise ConfigError(f"{path}: not a regular file")
-    if mode & 0o077:
-        raise ConfigError(f"{path}: group or others have rights; chmod 600 {path}")

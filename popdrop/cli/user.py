@@ -17,13 +17,13 @@ from click.exceptions import Abort, Exit
 from popdrop.accounts.database import (
     KEEP,
     AccountsDatabase,
-    Entry,
     Keep,
     Refused,
     checked_name,
     checked_words,
     shown,
 )
+from popdrop.accounts.rows import Entry
 from popdrop.credentials import prepared
 from popdrop.errors import BadCredentials
 from popdrop.places import default_database
