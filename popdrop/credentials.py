@@ -82,13 +82,15 @@ def _proof(key: bytes, user: bytes, secret: bytes) -> bytes:
 class Cleartext:
     """A name and a password, shown by USER and PASS or by a SASL mechanism.
 
-    `mechanism` is `USER`, `PLAIN` or `LOGIN`.
+    `mechanism` is `USER`, `PLAIN` or `LOGIN`. `client` is the client's address as far as it is
+    known and trusted, for a memory of good logins; else empty.
     """
 
-    __slots__ = ("_password", "mechanism", "username")
+    __slots__ = ("_password", "client", "mechanism", "username")
 
     def __init__(self, username: bytes, password: bytes, mechanism: str = "USER") -> None:
         self.username = username
+        self.client = ""
         self.mechanism = mechanism
         self._password = Secret(password)
 

@@ -15,8 +15,9 @@ from zope.interface import Attribute, Interface
 if TYPE_CHECKING:
     from twisted.internet.interfaces import IAddress
 
+    from popdrop.accounts.rows import AppPassword
     from popdrop.listing import Listing
-    from popdrop.values import Account, Owner, ScramVerifier, SessionRecord, Source
+    from popdrop.values import Account, Owner, ScramVerifier, Secret, SessionRecord, Source
 
 
 class IStore(Interface):
@@ -140,6 +141,18 @@ class IAccounts(Interface):
 
     def lookup(name: bytes) -> Account | None:
         """Blocking. Raises `TemporaryFailure` or `PermanentFailure`, never guesses."""
+
+    def app_password(name: bytes, words: bytes) -> AppPassword | None:
+        """The app password of an account that `words` are. Blocking; raises as `lookup`."""
+
+    def note_use(name: bytes, used: AppPassword, now: float) -> None:
+        """An app password was used at `now`, in seconds since the epoch. Blocking."""
+
+    def improve(account: Account, password: Secret) -> bool:
+        """Store a password that was good just now as well as can be. Blocking.
+
+        `False` where the account was changed meanwhile.
+        """
 
 
 class IScramAccounts(Interface):

@@ -12,7 +12,7 @@ from twisted.python import usage
 
 import popdrop
 from popdrop.inthreads import LOCK_TIMEOUT
-from popdrop.policy import APOP_USERS, CLEARTEXT, STLS
+from popdrop.policy import APOP_USERS, CLEARTEXT, STLS, WORDINGS
 
 SHORTEST_IDLE: Final = 600
 """Seconds, RFC 1939 section 3."""
@@ -64,6 +64,7 @@ class Options(usage.Options):
     )
     optFlags = [
         ["demo", None, "Serve a throw-away maildrop and print two commands that read it."],
+        ["require-shell", None, "System accounts need a shell of /etc/shells."],
         ["allow-short-idle", None, "Allow an --idle-timeout below the 600 s of RFC 1939."],
         ["apop-only", None, "No login but by APOP: neither USER/PASS nor AUTH."],
     ]
@@ -85,6 +86,23 @@ class Options(usage.Options):
             "refuse",
             "May accounts with an APOP secret log in by password too: refuse, allow.",
             _word("apop-users", APOP_USERS),
+        ],
+        [
+            "wording",
+            None,
+            "vague",
+            "How these are refused: vague, at PASS as a wrong password; strict, at USER.",
+            _word("wording", WORDINGS),
+        ],
+        ["user-names", None, "", "What is done to names: lower, trim-domain, default-domain=D."],
+        ["auth-file", None, None, "A file of names, a line each: nobody else may log in."],
+        ["nonauth-file", None, None, "A file of names, a line each, that may not log in."],
+        [
+            "login-cache",
+            None,
+            0.0,
+            "Seconds for which a good password need not be hashed again; 0: never.",
+            _seconds("login-cache"),
         ],
         ["min-uid", None, 11, "System accounts below are refused.", _number("min-uid")],
         ["throttle", None, "memory", "off, or memory[:KEY=NUMBER...]: attempts and connections."],

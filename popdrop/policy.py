@@ -6,23 +6,68 @@ is asked by the realm, after the credentials were verified, so that a refusal te
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
+from ipaddress import ip_address, ip_network
 from typing import Final
 
 from popdrop.errors import ConfigError
-from popdrop.values import Account, PeerFacts
-
-Network = IPv4Network | IPv6Network
+from popdrop.values import Account, Network, PeerFacts, Scope
 
 CLEARTEXT: Final = ("default", "never", "always", "local", "tls")
 """qpopper's five words of `clear-text-password`."""
 STLS: Final = ("offer", "require", "off")
 """s/qmail's three: UCSPITLS set, `!`, `-`."""
 APOP_USERS: Final = ("refuse", "allow")
+WORDINGS: Final = ("vague", "strict")
+"""How an account with an APOP secret is refused cleartext: at PASS as a wrong password, as the
+oldest qpopper did, or at USER with the reason, as qpopper 4."""
+
+_DOMAIN = re.compile(r"[A-Za-z0-9_\u0080-\U0010ffff][A-Za-z0-9_.\u0080-\U0010ffff-]*").fullmatch
 
 LOOPBACK: Final[tuple[Network, ...]] = (ip_network("127.0.0.0/8"), ip_network("::1/128"))
+
+
+@dataclass(frozen=True, slots=True)
+class Folding:
+    """How the name that a client gives becomes the name of an account.
+
+    `lower`: qpopper's `downcase-user`. `trim_domain`: its `trim-domain`, all from the first `@` on
+    goes. `default_domain`: a name without `@` gets it.
+    """
+
+    lower: bool = False
+    trim_domain: bool = False
+    default_domain: str = ""
+
+    def __call__(self, name: bytes) -> bytes:
+        """The folded name. What is not UTF-8 stays as it is: no account has such a name."""
+        if not (self.lower or self.trim_domain or self.default_domain):
+            return name
+        if self.trim_domain:
+            name = name.partition(b"@")[0]
+        if self.default_domain and b"@" not in name:
+            name += b"@" + self.default_domain.encode("utf-8")
+        if self.lower:
+            try:
+                name = name.decode("utf-8").lower().encode("utf-8")
+            except UnicodeDecodeError:
+                pass
+        return name
+
+
+@dataclass(frozen=True, slots=True)
+class Rosters:
+    """Lists of names, as they were read last.
+
+    `allowed`: nobody else may log in (qpopper's `auth-file`); `None`: there is no such list.
+    `denied` may not (its `nonauth-file`). `shells`: system accounts need one of these; `None`: any.
+    """
+
+    allowed: frozenset[bytes] | None = None
+    denied: frozenset[bytes] = frozenset()
+    shells: frozenset[str] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,17 +76,21 @@ class Policy:
 
     `cleartext`  USER/PASS and AUTH PLAIN: one of `CLEARTEXT`
     `apop_users` whether an account with an APOP secret may also log in by cleartext
+    `wording`    how that is refused: one of `WORDINGS`
+    `folding`    what is done to names
     `stls`       one of `STLS`; `off` too where no certificate is configured
     `apop`       whether a checker can verify APOP: no challenge in the greeting otherwise
     `mechanisms` SASL mechanisms in the order of CAPA, upper case
     `local`      networks that count as local, for `cleartext` `local` and `tls`
     `min_uid`    system accounts with a lower uid are refused by every mechanism (qpopper: 10 and
-                 lower are blocked)
+                 lower are blocked); 0 is refused always
     `hostname`   stands in the challenge and in the farewell
     """
 
     cleartext: str = "tls"
     apop_users: str = "refuse"
+    wording: str = "vague"
+    folding: Folding = Folding()
     stls: str = "off"
     apop: bool = True
     mechanisms: tuple[bytes, ...] = (b"PLAIN",)
@@ -55,15 +104,14 @@ class Policy:
 class Mind:
     """What the protocol tells the realm beside the name (cred's `mind`).
 
-    `cleartext` is whether the password itself was sent; `verified` is called with the
-    canonical name once the credentials and the account's own rules were found good, before the
-    maildrop is opened.
+    `cleartext` is whether the password itself was sent; `verified` is called with the account once
+    the credentials and its own rules were found good, before the maildrop is opened.
     """
 
     policy: Policy
     cleartext: bool = True
     peer: PeerFacts = field(default_factory=PeerFacts)
-    verified: Callable[[bytes], None] = field(default=lambda name: None)
+    verified: Callable[[Account], None] = field(default=lambda account: None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,8 +139,37 @@ def is_local(policy: Policy, peer: PeerFacts | None) -> bool:
     """Whether the peer's own address, known and trusted, is in a local network."""
     if peer is None or peer.address is None or not peer.address_trusted:
         return False
-    address = ip_address(peer.address.partition("%")[0])
-    return any(address in network for network in policy.local)
+    return _is_in(peer.address, policy.local)
+
+
+def _is_in(address: str, networks: tuple[Network, ...]) -> bool:
+    known = ip_address(address.partition("%")[0])
+    return any(known in network for network in networks)
+
+
+def networks(option: str, text: str) -> tuple[Network, ...]:
+    """Several networks, a comma between two, given for `option`. Raises `ConfigError`."""
+    return tuple(network(option, word.strip()) for word in text.split(",") if word.strip())
+
+
+def folding(option: str, text: str) -> Folding:
+    """What words like `lower,default-domain=example.org` ask for. Raises `ConfigError`."""
+    known = {"lower": False, "trim-domain": False}
+    domain = ""
+    for word in filter(None, (word.strip() for word in text.split(","))):
+        key, equals, value = word.partition("=")
+        if not equals and key in known:
+            known[key] = True
+        elif key == "default-domain" and _DOMAIN(value):
+            domain = value
+        else:
+            raise ConfigError(
+                f"{option} {text}: {word} is not known; write lower, trim-domain and"
+                " default-domain=EXAMPLE.ORG, a comma between two"
+            )
+    if known["trim-domain"] and domain:
+        raise ConfigError(f"{option} {text}: trim-domain and default-domain exclude each other")
+    return Folding(known["lower"], known["trim-domain"], domain)
 
 
 def tls_is_missing(policy: Policy, secured: bool) -> bool:
@@ -113,20 +190,53 @@ def cleartext_is_open(policy: Policy, secured: bool, peer: PeerFacts | None) -> 
             return False
 
 
-def account_refusal(policy: Policy, account: Account, cleartext: bool) -> str | None:
+def apop_accounts_are_refused(policy: Policy) -> bool:
+    """Whether cleartext is refused to accounts with an APOP secret (qpopper; decision 23)."""
+    return policy.cleartext != "always" and policy.apop_users != "allow"
+
+
+def account_refusal(
+    policy: Policy,
+    account: Account,
+    cleartext: bool,
+    peer: PeerFacts | None = None,
+    now: float = 0.0,
+    rosters: Rosters = Rosters(),
+) -> str | None:
     """Why an account with good credentials is refused all the same, `None` if it is not.
 
-    The word goes to the log as `reason=`; the client is told the one failure text.
+    `now` is in seconds since the epoch. The word goes to the log as `reason=`; the client is told
+    the one failure text.
     """
     if account.disabled:
         return "disabled"
-    if account.uid is not None and account.uid < policy.min_uid:
+    if account.uid is not None and (account.uid < policy.min_uid or account.uid == 0):
         return "uid-floor"
+    if account.name in rosters.denied:
+        return "denied"
+    if rosters.allowed is not None and account.name not in rosters.allowed:
+        return "not-allowed"
     if (
-        cleartext
-        and account.has_apop
-        and policy.cleartext != "always"
-        and policy.apop_users != "allow"
+        rosters.shells is not None
+        and account.uid is not None
+        and account.shell not in rosters.shells
     ):
+        return "shell"
+    for scope in (account.scope, account.app):
+        if scope is not None and (reason := _out_of(scope, peer, now)):
+            return reason
+    if cleartext and account.has_apop and apop_accounts_are_refused(policy):
         return "apop-account"
+    return None
+
+
+def _out_of(scope: Scope, peer: PeerFacts | None, now: float) -> str | None:
+    if scope.expires is not None and now >= scope.expires:
+        return "expired"
+    if scope.networks:
+        # Where the address is not known, or not to be believed, it is in no network.
+        if peer is None or peer.address is None or not peer.address_trusted:
+            return "network"
+        if not _is_in(peer.address, scope.networks):
+            return "network"
     return None

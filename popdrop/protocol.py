@@ -53,7 +53,7 @@ from popdrop.session import (
     Session,
     StartTLS,
 )
-from popdrop.values import PeerFacts, SessionRecord, normalised
+from popdrop.values import Account, PeerFacts, SessionRecord, normalised
 from popdrop.wire import Lines
 
 log = Logger()
@@ -147,6 +147,7 @@ class POP3Protocol(Protocol):
         self._met = False
         self._first = True
         self._verified = False
+        self._read_only = False
         self._reason = "disconnected"
         self._account = b""
         self._entered: bytes | None = None
@@ -682,7 +683,7 @@ class POP3Protocol(Protocol):
             self.factory.holders[self._account] = self
             self._mechanism = mechanism
             self._verified = True
-            reply = self._session.opened(drop.listing)
+            reply = self._session.opened(drop.listing, self._read_only)
             self._record("login", "ok", mechanism)
             self.transport.write(reply)
             return
@@ -722,9 +723,11 @@ class POP3Protocol(Protocol):
             return cast("IMaildrop", avatar)
         return await legacy.adapted(avatar, logout)
 
-    def _now_verified(self, name: bytes) -> None:
+    def _now_verified(self, account: Account) -> None:
         # Opening may take as long as the locks do; the deadline is for strangers (decision 27).
         self._verified = True
+        self._read_only = account.read_only
+        name = account.name
         if not self.factory.throttle.enter(name):
             raise TemporaryFailure("too many connections of this user, try again later", "limit")
         self._entered = name

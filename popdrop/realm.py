@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from twisted.cred.portal import IRealm
 from twisted.internet.defer import Deferred
@@ -13,7 +15,7 @@ from popdrop.credentials import FAILED, acceptable_name
 from popdrop.errors import BadCredentials
 from popdrop.interfaces import IAccounts, IMaildrop, IStore
 from popdrop.legacy import MaildropAsMailbox
-from popdrop.policy import Mind, Policy, account_refusal
+from popdrop.policy import Mind, Policy, Rosters, account_refusal
 from popdrop.threads import Pool
 from popdrop.values import Account, Owner, Verified
 
@@ -24,8 +26,9 @@ Avatar = tuple[type[Interface], object, Callable[[], None]]
 class Realm:
     """Applies the account's own rules (decision 22), then opens the maildrop.
 
-    `accounts` are asked for the facts where a foreign checker verified; `system` gives the same
-    for a system account of that name.
+    `accounts` are asked for the facts where a foreign checker verified; `system` completes an
+    account with those of the system account of its name. `rosters` gives the lists as they were
+    read last. `clock` is in seconds since the epoch.
     """
 
     def __init__(
@@ -33,13 +36,17 @@ class Realm:
         store: IStore,
         pool: Pool,
         accounts: Sequence[IAccounts] = (),
-        system: Callable[[bytes], Account] = Account,
+        system: Callable[[Account], Account] = lambda account: account,
         policy: Policy | None = None,
+        rosters: Callable[[], Rosters] = Rosters,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._store = store
         self._pool = pool
         self._accounts = accounts
         self._system = system
+        self._rosters = rosters
+        self._clock = clock
         self._mind = Mind(policy or Policy())
 
     def requestAvatar(
@@ -58,16 +65,20 @@ class Realm:
             avatar = avatar.encode("utf-8")
         if not isinstance(avatar, bytes) or not acceptable_name(avatar):
             raise BadCredentials(FAILED, "name")
-        if isinstance(avatar, Verified):
+        if isinstance(avatar, Verified) and not avatar.foreign:
             account = avatar.account
         else:
             account = await self._pool.run(self._look_up, avatar)
-        refusal = account_refusal(mind.policy, account, mind.cleartext)
+        refusal = account_refusal(
+            mind.policy, account, mind.cleartext, mind.peer, self._clock(), self._rosters()
+        )
         if refusal is not None:
             raise BadCredentials(FAILED, refusal)
-        mind.verified(account.name)
-        # The whole name, domain included, is the user: two domains never share a path.
-        owner = Owner(account.name.decode("utf-8"), "", account.home, account.uid)
+        mind.verified(account)
+        name = account.name.decode("utf-8")
+        owner = Owner(
+            name, name.rpartition("@")[2] if "@" in name else "", account.home, account.uid
+        )
         drop = await self._store.open(owner)
 
         def logout() -> None:
@@ -82,9 +93,20 @@ class Realm:
             raise
         return IMailboxPOP3, MaildropAsMailbox(drop), logout
 
-    def _look_up(self, name: bytes) -> Account:
+    def _look_up(self, avatar: bytes) -> Account:
+        """Ours of that name if there is one, completed by what was reported, then by the system."""
+        name = bytes(avatar)
+        reported = avatar.account if isinstance(avatar, Verified) else Account(name)
         for accounts in self._accounts:
             account = accounts.lookup(name)
             if account is not None:
+                if account.uid is None:
+                    account = replace(
+                        account,
+                        uid=reported.uid,
+                        gid=reported.gid,
+                        home=reported.home,
+                        shell=reported.shell,
+                    )
                 return account
-        return self._system(name)
+        return reported if reported.uid is not None else self._system(reported)

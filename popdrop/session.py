@@ -154,6 +154,7 @@ class Session:
         self._named = False
         self._waiting: Callable[[], Result] | None = None
         self._listing = _EMPTY
+        self._read_only = False
         self._deleted: set[int] = set()
         self._deleted_octets = 0
         self._seen: set[int] = set()
@@ -226,9 +227,10 @@ class Session:
 
     # What the shell reports back
 
-    def opened(self, listing: Listing) -> bytes:
-        """The login succeeded and the maildrop is held."""
+    def opened(self, listing: Listing, read_only: bool = False) -> bytes:
+        """The login succeeded and the maildrop is held. A `read_only` session deletes nothing."""
         self._state = State.TRANSACTION
+        self._read_only = read_only
         self._listing = listing
         self._count()
         name = self._speakable(b"maildrop")
@@ -353,14 +355,22 @@ class Session:
         self._named = False
         if not self._cleartext_is_open():
             return self._cleartext_refusal()
-        return Login(Cleartext(self.user, password, "USER"))
+        return self._log_in(Cleartext(self.user, password, "USER"))
 
     def _do_apop(self, name: bytes, digest: bytes) -> Result:
         if not self._challenge:
             return b"-ERR APOP is not available\r\n"
         self.user = name
         self._named = False
-        return Login(ApopCredentials(name, self._challenge, digest))
+        return self._log_in(ApopCredentials(name, self._challenge, digest))
+
+    def _log_in(self, credentials: ApopCredentials | Cleartext) -> Login:
+        """`user` stays as the client gave it, for the log; the account's name is another matter."""
+        credentials.username = self._policy.folding(credentials.username)
+        if isinstance(credentials, Cleartext) and self._peer is not None:
+            trusted = self._peer.address if self._peer.address_trusted else None
+            credentials.client = trusted or ""
+        return Login(credentials)
 
     def _mechanisms(self) -> list[bytes]:
         """Those that may be tried now."""
@@ -408,7 +418,7 @@ class Session:
             self._exchange = exchange
             return encoded(outcome)
         self.user = outcome.username
-        return Login(outcome)
+        return self._log_in(outcome)
 
     def _do_stls(self) -> Result:
         if self._secured:
@@ -457,7 +467,8 @@ class Session:
         if self._state is not State.TRANSACTION:
             return self._farewell("quit-before-login")
         self._state = State.UPDATE
-        return Commit(frozenset(self._deleted), frozenset(self._seen - self._deleted))
+        seen = frozenset() if self._read_only else frozenset(self._seen - self._deleted)
+        return Commit(frozenset(self._deleted), seen)
 
     # TRANSACTION
 
@@ -505,6 +516,8 @@ class Session:
         index = self._index(word)
         if isinstance(index, bytes):
             return index
+        if self._read_only:
+            return b"-ERR [SYS/PERM] this login may not delete\r\n"
         self._deleted.add(index)
         self._deleted_octets += self._listing.size(index)
         return b"+OK message %d deleted\r\n" % (index + 1)

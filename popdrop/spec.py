@@ -16,6 +16,13 @@ class Spec:
     kwargs: dict[str, str]
 
 
+def quoted(text: str) -> str:
+    """`text` as one argument of a string, whatever it holds."""
+    for character in ("\\", ":", "="):
+        text = text.replace(character, "\\" + character)
+    return text
+
+
 def parse(option: str, text: str) -> Spec:
     r"""Split `text`, given for `option`, at colons; `\` makes the next character literal.
 

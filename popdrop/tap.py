@@ -33,8 +33,9 @@ from twisted.python.failure import Failure
 
 import popdrop
 from popdrop import certs, listeners, record, throttle
-from popdrop.accounts.checkers import AccountsChecker, Chain
+from popdrop.accounts.checkers import AccountsChecker, Chain, Recent
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
+from popdrop.accounts.rosters import RosterFiles
 from popdrop.demo import Demo
 from popdrop.errors import ConfigError
 from popdrop.factory import POP3Factory
@@ -42,12 +43,11 @@ from popdrop.interfaces import IAccounts, IBlockingStore, IStore, IStoreFactory
 from popdrop.inthreads import InThreads
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
-from popdrop.policy import LOOPBACK, Policy, Timing, network
+from popdrop.policy import LOOPBACK, Policy, Timing, folding, network
 from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
-from popdrop.spec import parse
+from popdrop.spec import parse, quoted
 from popdrop.threads import Pool
-from popdrop.values import Account
 
 log = Logger()
 
@@ -55,8 +55,8 @@ STORE_THREADS: Final = 16
 """Maildrops opened, read from disk or rewritten at once; more wait their turn."""
 LOOKUP_THREADS: Final = 4
 """Account look-ups at once, apart from the store's, so that a slow disk stops no login."""
-CERTIFICATE_SECONDS: Final = 60.0
-"""Seconds between two looks at the certificates' files."""
+LOOK_SECONDS: Final = 60.0
+"""Seconds between two looks at the files of certificates and lists of names."""
 ENDINGS: Final = ("", "-wal", "-shm", ".key")
 """Of the files that make an accounts database."""
 GARBAGE_OBJECTS: Final = 10_000
@@ -199,8 +199,16 @@ class Popdrop(Service):
         self._throttle = throttle.from_spec(options["throttle"], reactor)
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
         self._session_log = record.Several(logs)
+        self._rosters = RosterFiles(
+            options["auth-file"], options["nonauth-file"], bool(options["require-shell"])
+        )
         realm = Realm(
-            self._store(), self._lookup_pool, self._accounts, self._system_account, policy
+            self._store(),
+            self._lookup_pool,
+            self._accounts,
+            self._system.completed,
+            policy,
+            self._rosters.current,
         )
         portal = Portal(realm)
         portal.registerChecker(cast("ICredentialsChecker", chain), *kinds)
@@ -239,6 +247,8 @@ class Popdrop(Service):
         return Policy(
             cleartext="never" if only else options["cleartext"],
             apop_users=options["apop-users"],
+            wording=options["wording"],
+            folding=folding("--user-names", options["user-names"]),
             stls=options["stls"] if can_stls else "off",
             apop=apop,
             mechanisms=() if only else (b"PLAIN",),
@@ -248,29 +258,34 @@ class Popdrop(Service):
             implementation=f"Popdrop-{popdrop.__version__}",
         )
 
-    def _system_account(self, name: bytes) -> Account:
-        entry = self._system.of(name)
-        if entry is None:
-            return Account(name)
-        return Account(name, uid=entry.pw_uid, gid=entry.pw_gid, home=entry.pw_dir)
-
     def _checkers(self) -> list[Any]:
         self._system = SystemFacts()
         self._accounts: list[IAccounts] = []
         checkers: list[Any] = []
         for text in self._options["auth"] or [self._default_accounts()]:
-            kind, _, argument = text.partition(":")
-            if kind == "accounts":
-                path = os.path.abspath(argument or self._default_database())
-                database = AccountsDatabase(path, look_every=LOOK_EVERY)
-                self._databases.append(database)
-                self._accounts.append(database)
-                checkers.append(
-                    AccountsChecker(database, self._lookup_pool, self._hash_pool, database.can_apop)
-                )
+            if text.partition(":")[0] == "accounts":
+                checkers.append(self._accounts_checker(text))
             else:
                 checkers.append(self._foreign_checker(text))
         return checkers
+
+    def _accounts_checker(self, text: str) -> AccountsChecker:
+        spec = parse("--auth", text)
+        unknown = spec.kwargs.keys() - {"key"}
+        if unknown or len(spec.args) > 1:
+            raise ConfigError(f"--auth {text}: write accounts:FILE or accounts:FILE:key=SOURCE")
+        path = os.path.abspath((spec.args and spec.args[0]) or self._default_database())
+        database = AccountsDatabase(path, look_every=LOOK_EVERY, key=spec.kwargs.get("key"))
+        self._databases.append(database)
+        self._accounts.append(database)
+        seconds = self._options["login-cache"]
+        return AccountsChecker(
+            database,
+            self._lookup_pool,
+            self._hash_pool,
+            database.can_apop,
+            recent=Recent(seconds) if seconds else None,
+        )
 
     def _default_database(self) -> str:
         return os.path.join(self.state_dir, "accounts.db")
@@ -279,7 +294,7 @@ class Popdrop(Service):
         path = self._default_database()
         if AccountsDatabase.create(path):
             log.info("made {path}", path=path)
-        return f"accounts:{path}"
+        return f"accounts:{quoted(path)}"
 
     def _foreign_checker(self, text: str) -> Any:
         if text.partition(":")[0] == "memory":
@@ -319,11 +334,11 @@ class Popdrop(Service):
         texts = self._options["listen"]
         self._default_listeners = not texts
         if not texts:
-            quoted = self._self_made().replace("\\", "\\\\").replace(":", "\\:")
+            pem = quoted(self._self_made())
             plain, tls = 1110, 1995
             if self._demo is not None and not (_is_free(plain) and _is_free(tls)):
                 plain = tls = 0
-            texts = [text.format(plain=plain, tls=tls, pem=quoted) for text in LOOPBACK_LISTENERS]
+            texts = [text.format(plain=plain, tls=tls, pem=pem) for text in LOOPBACK_LISTENERS]
         return [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
 
     def _store(self) -> IStore:
@@ -504,9 +519,9 @@ class Popdrop(Service):
             self._store_pool.run(self._tidy).addErrback(
                 lambda failure: log.failure("tidying up failed", failure=failure)
             )
-        self._looking = LoopingCall(self._look_at_certificates)
+        self._looking = LoopingCall(self._look_at_files)
         self._looking.clock = self._reactor
-        self._looking.start(CERTIFICATE_SECONDS, now=False)
+        self._looking.start(LOOK_SECONDS, now=False)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, self._hung_up)
         self._tell()
@@ -515,18 +530,19 @@ class Popdrop(Service):
         self._reactor.callFromThread(self.reload)
 
     def reload(self) -> None:
-        """SIGHUP: log files are opened anew, for logrotate, and certificates are looked at.
+        """SIGHUP: log files are opened anew, for logrotate; certificates and lists are looked at.
 
         No session is dropped.
         """
         log.info("opening the session logs anew")
         self._session_log.reopen()
-        self._look_at_certificates()
+        self._look_at_files()
 
-    def _look_at_certificates(self) -> None:
-        self._lookup_pool.run(self._keyring.refresh).addErrback(
-            lambda failure: log.failure("looking at certificates failed", failure=failure)
-        )
+    def _look_at_files(self) -> None:
+        for work in (self._keyring.refresh, self._rosters.refresh):
+            self._lookup_pool.run(work).addErrback(
+                lambda failure: log.failure("looking at files failed", failure=failure)
+            )
 
     def _tell(self) -> None:
         for listener, port in zip(self._listeners, self._ports, strict=True):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import NamedTuple, final
+from typing import Final, NamedTuple, final
 
 
 @final
@@ -50,6 +50,23 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 
 
 @dataclass(frozen=True, slots=True)
+class Scope:
+    """What a login may do, and from where and until when.
+
+    `networks`: one of them must hold the client's address; none: from everywhere. `expires` is in
+    seconds since the epoch, `None` for never. A `read_only` session deletes nothing.
+    """
+
+    read_only: bool = False
+    networks: tuple[Network, ...] = ()
+    expires: int | None = None
+
+
+ANYTHING: Final = Scope()
+"""From everywhere, for ever, and deletions too."""
+
+
+@dataclass(frozen=True, slots=True)
 class Account:
     """What is known of one account: its verifiers and the facts a policy asks for.
 
@@ -57,9 +74,8 @@ class Account:
     is an APOP secret which cannot be opened (its key is gone or another one).
     `version` changes with every change of the account.
     `uid`, `gid`, `home` and `shell` are those of the system account of that name, if there is one.
-    `networks` are those from which the account may log in; none: from everywhere. `expires` is in
-    seconds since the epoch. A `read_only` session deletes nothing. `lacks_scram`: it has a password
-    that was stored without what SCRAM needs.
+    `scope` is the account's own, `app` that of the app password it has logged in by: both hold.
+    `lacks_scram`: it has a password that was stored without what SCRAM needs.
     """
 
     name: bytes
@@ -72,9 +88,8 @@ class Account:
     home: str | None = None
     apop_sealed: bool = False
     shell: str | None = None
-    networks: tuple[Network, ...] = ()
-    expires: int | None = None
-    read_only: bool = False
+    scope: Scope = ANYTHING
+    app: Scope | None = None
     lacks_scram: bool = False
 
     @property
@@ -82,18 +97,27 @@ class Account:
         """Whether this account logs in by APOP, so that cleartext is refused to it."""
         return self.apop_secret is not None or self.apop_sealed
 
+    @property
+    def read_only(self) -> bool:
+        """Whether its session deletes nothing."""
+        return self.scope.read_only or (self.app is not None and self.app.read_only)
+
 
 class Verified(bytes):
     """An avatar id that brings the account it was verified against.
 
     It is an ordinary canonical name to any realm; Popdrop's realm is spared a second look-up.
+    `foreign`: the account is what a checker reported that keeps no accounts of ours, so that the
+    realm looks for one of that name all the same.
     """
 
     account: Account
+    foreign: bool
 
-    def __new__(cls, account: Account) -> Verified:
+    def __new__(cls, account: Account, foreign: bool = False) -> Verified:
         verified = super().__new__(cls, account.name)
         verified.account = account
+        verified.foreign = foreign
         return verified
 
 
@@ -101,9 +125,10 @@ class Verified(bytes):
 class Owner:
     """Whose maildrop a store is asked to open.
 
-    `user` and `domain` fill path templates; neither is ever empty, `.`, `..`, or holds a `/`
-    (`policy.acceptable_name`), but `domain` may be `""`. `uid` is that of the system account of
-    that name, or `None` for a virtual user.
+    `user` is the whole canonical name, domain included, and `domain` what stands behind its last
+    `@`, `""` where there is none. They fill path templates: they hold no `/` and are not `.` or
+    `..` (`credentials.acceptable_name`). `uid` is that of the system account of that name, or
+    `None` for a virtual user.
     """
 
     user: str
@@ -145,6 +170,18 @@ class Source(NamedTuple):
     spaced: bool = False
     unchanged: Callable[[], bool] = _always
     verify: Callable[[], None] = _nothing
+
+
+def client_network(host: str) -> str:
+    """What counts as one client: an IPv4 address, or an IPv6 /64 (RFC 6177)."""
+    address = normalised(host)
+    if ":" not in address:
+        return address
+    try:
+        packed = ipaddress.IPv6Address(address).packed
+    except ValueError:
+        return address
+    return f"{ipaddress.IPv6Address(packed[:8] + bytes(8))}/64"
 
 
 def normalised(host: str) -> str:

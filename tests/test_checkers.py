@@ -2,9 +2,11 @@
 
 import hashlib
 import os
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
+from argon2 import PasswordHasher
 from twisted.cred.checkers import (
     ANONYMOUS,
     AllowAnonymousAccess,
@@ -24,7 +26,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import Interface, implementer
 from zope.interface.verify import verifyObject
 
-from popdrop.accounts.checkers import AccountsChecker, Chain
+from popdrop.accounts.checkers import AccountsChecker, Chain, Recent
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, ApopCredentials, Cleartext
@@ -35,7 +37,7 @@ from popdrop.errors import (
     NoVerifierOfThisKind,
     TemporaryFailure,
 )
-from popdrop.values import Account, Secret, Verified
+from popdrop.values import Account, Scope, Secret, Verified
 
 CHALLENGE = b"<1896.697170952@dbc.mtview.ca.us>"
 
@@ -72,6 +74,9 @@ class CountingHasher(Hasher):
                 outer.calls += 1
                 return real.verify(hashed, password)
 
+            def check_needs_rehash(self, hashed: str) -> bool:
+                return real.check_needs_rehash(hashed)
+
         self._argon2 = Watching()  # type: ignore[assignment]
 
 
@@ -104,6 +109,136 @@ class CheckerCase(SynchronousTestCase):
         failure = self.failureResultOf(self.checker.requestAvatarId(credentials))
         self.assertIs(failure.type, kind)
         return failure.value
+
+
+class AppPasswordTests(CheckerCase):
+    def test_logs_in_without_a_hash_and_brings_its_scope(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        scope = Scope(read_only=True, expires=5)
+        words = self.accounts.add_app_password(b"bob", "phone", scope).reveal()
+        account = self.verified(Cleartext(b"bob", words)).account
+        self.assertEqual(account.app, scope)
+        self.assertTrue(account.read_only)
+        self.assertEqual(self.hasher.calls, 0)
+        self.assertIsNotNone(self.accounts.app_passwords(b"bob")[0].used)
+
+    def test_the_account_s_own_password_has_its_own_scope(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        self.accounts.add_app_password(b"bob", "phone", Scope(read_only=True))
+        account = self.verified(Cleartext(b"bob", b"hunter2")).account
+        self.assertIsNone(account.app)
+        self.assertFalse(account.read_only)
+
+    def test_another_s_is_a_wrong_password(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        self.accounts.add(b"eve", Secret(b"hunter3"))
+        words = self.accounts.add_app_password(b"bob", "phone").reveal()
+        self.refused(Cleartext(b"eve", words), BadCredentials)
+        self.refused(Cleartext(b"nobody", words), NoSuchUser)
+
+    def test_an_account_with_nothing_else(self) -> None:
+        self.accounts.add(b"bob")
+        words = self.accounts.add_app_password(b"bob", "phone").reveal()
+        self.verified(Cleartext(b"bob", words))
+        self.refused(Cleartext(b"bob", b"x"), NoVerifierOfThisKind)
+
+
+class RecentTests(CheckerCase):
+    def setUp(self) -> None:
+        super().setUp()
+        self.now = 0.0
+        self.checker = AccountsChecker(
+            self.accounts,
+            self.lookups,  # type: ignore[arg-type]
+            self.hashes,  # type: ignore[arg-type]
+            True,
+            self.hasher,
+            Recent(60.0, lambda: self.now),
+        )
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+
+    def shown(self, password: bytes = b"hunter2", client: str = "192.0.2.1") -> Cleartext:
+        credentials = Cleartext(b"bob", password)
+        credentials.client = client
+        return credentials
+
+    def test_the_second_costs_no_hash(self) -> None:
+        for _ in range(3):
+            self.verified(self.shown())
+        self.assertEqual(self.hasher.calls, 1)
+
+    def test_for_so_long_and_not_for_ever(self) -> None:
+        self.verified(self.shown())
+        self.now = 59.0
+        self.verified(self.shown())
+        self.now = 61.0  # what was remembered at 59 does not count from there
+        self.verified(self.shown())
+        self.assertEqual(self.hasher.calls, 2)
+
+    def test_wrong_ones_are_not_remembered(self) -> None:
+        for _ in range(2):
+            self.refused(self.shown(b"hunter3"), BadCredentials)
+        self.verified(self.shown())
+        self.refused(self.shown(b"hunter3"), BadCredentials)
+        self.assertEqual(self.hasher.calls, 4)
+
+    def test_from_elsewhere_it_is_another(self) -> None:
+        self.verified(self.shown())
+        self.verified(self.shown(client="192.0.2.2"))
+        self.assertEqual(self.hasher.calls, 2)
+        self.verified(self.shown(client="2001:db8::1"))
+        self.verified(self.shown(client="2001:db8::2"))
+        self.assertEqual(self.hasher.calls, 3)
+
+    def test_a_changed_or_disabled_account_at_once(self) -> None:
+        self.verified(self.shown())
+        self.accounts.set_password(b"bob", Secret(b"hunter3"))
+        self.refused(self.shown(), BadCredentials)
+        self.verified(self.shown(b"hunter3"))
+        self.accounts.disable(b"bob")
+        self.assertTrue(self.verified(self.shown(b"hunter3")).account.disabled)
+
+    def test_no_password_is_kept(self) -> None:
+        recent = Recent(60.0)
+        key = recent.key(Account(b"bob", version=7), "192.0.2.1", b"hunter2")
+        self.assertNotIn(b"hunter2", key)
+        self.assertEqual(len(key), 32)
+        self.assertNotEqual(key, Recent(60.0).key(Account(b"bob", version=7), "", b"hunter2"))
+
+    def test_bounded(self) -> None:
+        recent = Recent(60.0)
+        for number in range(Recent.MOST + 1):
+            recent.add(b"%d" % number)
+        self.assertFalse(recent.holds(b"0"))
+        self.assertTrue(recent.holds(b"%d" % Recent.MOST))
+
+
+class ImproveTests(CheckerCase):
+    def test_an_outdated_hash_and_missing_scram_are_made_at_a_good_login(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        old = PasswordHasher(time_cost=1, memory_cost=8, parallelism=1).hash(b"hunter2").encode()
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(connection.close)
+        connection.execute("UPDATE verifier SET value = ? WHERE kind = 'password'", (old,))
+        connection.execute("DELETE FROM verifier WHERE kind <> 'password'")
+        self.refused(Cleartext(b"bob", b"hunter3"), BadCredentials)
+        kept = connection.execute("SELECT kind, value FROM verifier").fetchall()
+        self.assertEqual(kept, [("password", old)])
+        self.verified(Cleartext(b"bob", b"hunter2"))
+        kinds = dict(connection.execute("SELECT kind, value FROM verifier").fetchall())
+        self.assertEqual(set(kinds), {"password", "scram-sha-1", "scram-sha-256"})
+        self.assertIn(b"m=19456,t=2,p=1", kinds["password"])
+        self.verified(Cleartext(b"bob", b"hunter2"))
+
+    def test_not_again_and_again_without_a_key(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        os.unlink(self.path + ".key")
+        self.accounts = AccountsDatabase(self.path)
+        self.addCleanup(self.accounts.close)
+        self.checker = self.make(False)
+        before = self.hashes.count
+        self.verified(Cleartext(b"bob", b"hunter2"))
+        self.assertEqual(self.hashes.count - before, 1)
 
 
 class AccountsCheckerTests(CheckerCase):

@@ -17,7 +17,7 @@ from popdrop.accounts import database as module
 from popdrop.accounts import rows, scram, sqlitefile
 from popdrop.accounts.database import AccountsDatabase, Refused
 from popdrop.errors import ConfigError, TemporaryFailure
-from popdrop.values import ScramVerifier, Secret
+from popdrop.values import Scope, ScramVerifier, Secret
 from tests.test_database import DatabaseCase
 
 HOME = (ip_network("192.0.2.0/24"), ip_network("2001:db8::/32"))
@@ -181,14 +181,11 @@ class AppPasswordTests(DatabaseCase):
         accounts = self.make()
         accounts.add(b"bob", Secret(b"x"))
         words = accounts.add_app_password(
-            b"bob", "reader", read_only=True, networks=HOME, expires=1_900_000_000
+            b"bob", "reader", Scope(read_only=True, networks=HOME, expires=1_900_000_000)
         )
         found = accounts.app_password(b"bob", words.reveal())
         assert found is not None
-        self.assertEqual(
-            (found.read_only, found.networks, found.expires, found.used),
-            (True, HOME, 1_900_000_000, None),
-        )
+        self.assertEqual((found.scope, found.used), (Scope(True, HOME, 1_900_000_000), None))
         self.assertEqual([each.label for each in accounts.app_passwords(b"bob")], ["reader"])
         self.assertEqual(accounts.entry(b"bob").app_passwords, 1)
 
@@ -259,15 +256,11 @@ class FactTests(DatabaseCase):
         accounts = self.make()
         accounts.add(b"bob", Secret(b"x"))
         accounts.change(b"bob", expires=1_900_000_000, networks=HOME, read_only=True)
-        bob = self.found(accounts, b"bob")
-        self.assertEqual((bob.expires, bob.networks, bob.read_only), (1_900_000_000, HOME, True))
-        entry = accounts.entry(b"bob")
-        self.assertEqual(
-            (entry.expires, entry.networks, entry.read_only), (1_900_000_000, HOME, True)
-        )
+        scope = Scope(True, HOME, 1_900_000_000)
+        self.assertEqual(self.found(accounts, b"bob").scope, scope)
+        self.assertEqual(accounts.entry(b"bob").scope, scope)
         accounts.change(b"bob", expires=None, networks=(), read_only=False)
-        bob = self.found(accounts, b"bob")
-        self.assertEqual((bob.expires, bob.networks, bob.read_only), (None, (), False))
+        self.assertEqual(self.found(accounts, b"bob").scope, Scope())
 
     def test_damaged_networks_let_nobody_in(self) -> None:
         accounts = self.make()
@@ -290,7 +283,7 @@ class RenameTests(DatabaseCase):
         found = self.found(accounts, b"robert@example.org")
         assert found.apop_secret is not None
         self.assertEqual(found.apop_secret.reveal(), b"secret")
-        self.assertEqual((found.networks, found.disabled), (HOME, True))
+        self.assertEqual((found.scope.networks, found.disabled), (HOME, True))
         self.assertTrue(scram_login(accounts.scram(b"robert@example.org", "SHA-1"), "SHA-1", "one"))
         self.assertIsNotNone(accounts.app_password(b"robert@example.org", words))
         self.assertEqual(len(self.sql("SELECT * FROM verifier")), 4)

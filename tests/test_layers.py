@@ -29,7 +29,7 @@ _TABLE = """
 5   stores.mbox.store stores.mbox.keepsake stores.mbox.mend
 4   certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
 4   stores.mbox.beside stores.mbox.check
-4   accounts.importers accounts.system accounts.checkpassword
+4   accounts.rosters accounts.importers accounts.system accounts.checkpassword
 3   sasl policy selfmade config accounts.database
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
 3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks

@@ -1094,6 +1094,24 @@ class TemplateTests(SynchronousTestCase):
         )
         self.assertEqual(self.path("{home}/mbox", home="/home/bob"), "/home/bob/mbox")
 
+    def test_domains(self) -> None:
+        """Two domains never share a path, whether the template has a place for them or not."""
+        for template, user, domain, wanted in (
+            ("/v/{user}", "bob@a.org", "a.org", "/v/bob@a.org"),
+            ("/v/{domain}/{user}", "bob@a.org", "a.org", "/v/a.org/bob"),
+            ("/v/{domain}/{user}", "bob@x@a.org", "a.org", "/v/a.org/bob@x"),
+            ("/v/{domain}/{hash2}/{user}", "bob@a.org", "a.org", "/v/a.org/b/o/bob"),
+            ("/v/{hash2}/{user}", "bob@a.org", "a.org", "/v/b/o/bob@a.org"),
+        ):
+            self.assertEqual(self.path(template, user, domain=domain), wanted)
+        for user, domain in (
+            ("@a.org", "a.org"),
+            ("bob@.a", ".a"),
+            ("bob@-a", "-a"),
+            (".x@a", "a"),
+        ):
+            self.assertRaises(NoSuchOwner, self.path, "/v/{domain}/{user}", user, domain=domain)
+
     def test_hash_spool(self) -> None:
         """qpopper's two ways: sum of the first five octets modulo 26, and first two letters."""
         for user, one, two in (

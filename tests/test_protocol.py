@@ -13,10 +13,10 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import TemporaryFailure
-from popdrop.policy import Policy
+from popdrop.policy import Folding, Policy
 from popdrop.protocol import CLOSE_GRACE, UNREAD_LIMIT, POP3Protocol
 from popdrop.session import BAD_BEFORE_LOGIN
-from popdrop.values import Account, Secret
+from popdrop.values import Account, Owner, Scope, Secret
 from tests.doubles import Server, Transport
 
 
@@ -294,6 +294,37 @@ class LoginTests(SynchronousTestCase):
             )
             self.assertEqual(server.records.records[-1].reason, reason)
             self.assertEqual(server.store.opened, [])
+
+    def test_read_only_logins_delete_nothing(self) -> None:
+        for account in (
+            Account(b"bob", scope=Scope(read_only=True)),
+            Account(b"bob", app=Scope(read_only=True)),
+        ):
+            server = Server()
+            server.checker.accounts[b"bob"] = account
+            protocol, transport = server.logged_in()
+            transport.clear()
+            protocol.dataReceived(b"DELE 1\r\nSTAT\r\nRETR 1\r\nDELE 99\r\n")
+            self.assertIn(b"-ERR [SYS/PERM] this login may not delete\r\n+OK ", transport.value())
+            self.assertIn(b"-ERR no such message\r\n", transport.value())
+            protocol.dataReceived(b"QUIT\r\n")
+            self.assertEqual(server.store.messages, server.store.opened[0].messages)
+            self.assertFalse(server.store.opened[0].seen)
+
+    def test_names_are_folded_but_logged_as_given(self) -> None:
+        server = Server(policy=Policy(cleartext="always", folding=Folding(True, True)))
+        protocol, transport = server.connect()
+        protocol.dataReceived(b"USER BOB@example.org\r\nPASS secret\r\n")
+        self.assertIn(b"message(s)", transport.value())
+        self.assertEqual(server.store.owners[0].user, "bob")
+        self.assertEqual(server.records.records[-1].user, b"BOB@example.org")
+
+    def test_domains_come_to_the_store(self) -> None:
+        server = Server()
+        server.checker.accounts[b"bob@example.org"] = Account(b"bob@example.org")
+        protocol, _ = server.connect()
+        protocol.dataReceived(b"USER bob@example.org\r\nPASS secret\r\n")
+        self.assertEqual(server.store.owners, [Owner("bob@example.org", "example.org")])
 
     def test_apop_accounts_may_be_allowed(self) -> None:
         for policy in (Policy(cleartext="always"), Policy(apop_users="allow")):

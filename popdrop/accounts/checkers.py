@@ -6,21 +6,31 @@ is asked in the realm, whichever checker verified him (decision 22).
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+import os
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from hashlib import blake2b
+from typing import Any, Final
 
 from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.logger import Logger
+from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.interface import InterfaceClass
 
+from popdrop.accounts.rows import AppPassword
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, prepared
 from popdrop.errors import BadCredentials, NoSuchUser, NoVerifierOfThisKind, TemporaryFailure
 from popdrop.interfaces import IAccounts
 from popdrop.threads import Pool
-from popdrop.values import Account, Verified
+from popdrop.values import Account, Secret, Verified, client_network
+
+log = Logger()
 
 # What an APOP digest is compared with where there is no secret: octets that no client can know to
 # be right, since the result is thrown away.
@@ -33,6 +43,8 @@ class AccountsChecker:
 
     `lookup_pool` does the look-ups, and APOP verification with them; `hash_pool` the Argon2 hashes:
     its number of threads is the cap on hashes in flight. `can_apop`: whether APOP is offered.
+    `recent` remembers logins by password that were good, `None`: none. `clock` is in seconds since
+    the epoch.
     """
 
     def __init__(
@@ -42,7 +54,11 @@ class AccountsChecker:
         hash_pool: Pool,
         can_apop: bool,
         hasher: Hasher | None = None,
+        recent: Recent | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
+        self._recent = recent
+        self._clock = clock
         self._accounts = accounts
         self._lookup_pool = lookup_pool
         self._hash_pool = hash_pool
@@ -63,16 +79,44 @@ class AccountsChecker:
     async def _by_password(self, credentials: Any) -> Verified:
         username: bytes = credentials.username
         password = _prepared_or_raw(credentials.password)
-        account = await self._lookup_pool.run(self._lookup, username)
+        account, used = await self._lookup_pool.run(self._find, username, password)
+        if account is not None and used is not None:
+            self._afterwards(
+                self._lookup_pool, self._accounts.note_use, account.name, used, self._clock()
+            )
+            return Verified(replace(account, app=used.scope))
         hashed = None if account is None else account.password_hash
-        good = await self._hash_pool.run(self._hasher.verify, hashed, password)
+        key = self._key(account, credentials, password)
+        good = key is not None and self._recent is not None and self._recent.holds(key)
+        if not good:
+            good = await self._hash_pool.run(self._hasher.verify, hashed, password)
         if account is None:
             raise NoSuchUser(FAILED)
         if hashed is None:
             raise NoVerifierOfThisKind(FAILED)
         if not good:
             raise BadCredentials(FAILED)
+        if key is not None and self._recent is not None:
+            self._recent.add(key)
+        if account.lacks_scram or self._hasher.is_outdated(hashed):
+            self._afterwards(self._hash_pool, self._accounts.improve, account, Secret(password))
         return Verified(account)
+
+    def _find(self, username: bytes, password: bytes) -> tuple[Account | None, AppPassword | None]:
+        username = _prepared_or_raw(username)
+        account = self._accounts.lookup(username)
+        # Asked for unknown names too: the same work.
+        return account, self._accounts.app_password(username, password)
+
+    def _key(self, account: Account | None, credentials: Any, password: bytes) -> bytes | None:
+        if self._recent is None or account is None:
+            return None
+        client: str = getattr(credentials, "client", "")
+        return self._recent.key(account, client, password)
+
+    def _afterwards(self, pool: Pool, work: Callable[..., object], *arguments: object) -> None:
+        """What the client does not wait for; a login is good without it."""
+        pool.run(work, *arguments).addErrback(_could_not)
 
     def _by_digest(self, credentials: Any) -> Verified:
         account = self._lookup(credentials.username)
@@ -121,6 +165,47 @@ class Chain:
                 except (NoSuchUser, NoVerifierOfThisKind):
                     continue
         raise BadCredentials(FAILED)
+
+
+class Recent:
+    """Logins by password that were good, for `seconds`: a poller pays for one hash of many.
+
+    Kept are MACs under a key of this process, of name, version of the account, client network and
+    password: a changed or disabled account is not found (decision 27). At most `MOST`, some 0.2 KB
+    each.
+    """
+
+    MOST: Final = 10_000
+
+    def __init__(self, seconds: float, clock: Callable[[], float] = time.monotonic) -> None:
+        self._seconds = seconds
+        self._clock = clock
+        self._mac_key = os.urandom(32)
+        self._until: OrderedDict[bytes, float] = OrderedDict()
+
+    def key(self, account: Account, client: str, password: bytes) -> bytes:
+        """Under which a good login is remembered. `client` is an IP address, or empty."""
+        parts = (account.name, b"%d" % account.version, client_network(client).encode(), password)
+        text = b"".join(len(part).to_bytes(4, "big") + part for part in parts)
+        return blake2b(text, key=self._mac_key, digest_size=32).digest()
+
+    def holds(self, key: bytes) -> bool:
+        """Whether it was good a short time ago. From the reactor's thread, as `add`."""
+        until = self._until.get(key)
+        return until is not None and self._clock() < until
+
+    def add(self, key: bytes) -> None:
+        """It was good just now, or is still remembered to have been."""
+        if key in self._until and self.holds(key):
+            return  # the time runs from the last real verification
+        self._until[key] = self._clock() + self._seconds
+        self._until.move_to_end(key)
+        if len(self._until) > self.MOST:
+            self._until.popitem(last=False)
+
+
+def _could_not(failure: Failure) -> None:
+    log.warn("an account was not brought up to date: {why}", why=str(failure.value))
 
 
 def _kinds(checker: Any) -> tuple[InterfaceClass, ...]:

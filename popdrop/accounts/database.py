@@ -33,7 +33,7 @@ from popdrop.accounts.sqlitefile import Opened, SqliteFile, transaction
 from popdrop.credentials import acceptable_name, prepared
 from popdrop.errors import BadCredentials, ConfigError, TemporaryFailure
 from popdrop.interfaces import IAccounts, IScramAccounts
-from popdrop.values import Account, Network, ScramVerifier, Secret
+from popdrop.values import ANYTHING, Account, Network, Scope, ScramVerifier, Secret
 
 WORDS_OCTETS: Final = 248
 """The longest password: a command line is at most 255 octets (RFC 2449 section 4), with `PASS `
@@ -184,10 +184,10 @@ class AccountsDatabase:
             disabled=bool(disabled),
             version=version,
             apop_sealed=sealed is not None and apop is None,
-            networks=rows.networks_of(networks),
-            expires=expires,
-            read_only=bool(read_only),
-            lacks_scram=hashed is not None and not values.keys() >= scram.ALL_KINDS,
+            scope=rows.scope(read_only, networks, expires),
+            lacks_scram=hashed is not None
+            and self.can_apop
+            and not values.keys() >= scram.ALL_KINDS,
         )
 
     def scram(self, name: bytes, algorithm: str) -> ScramVerifier:
@@ -358,10 +358,7 @@ class AccountsDatabase:
         self,
         name: bytes,
         label: str,
-        *,
-        read_only: bool = False,
-        networks: tuple[Network, ...] = (),
-        expires: int | None = None,
+        scope: Scope = ANYTHING,
     ) -> Secret:
         """Make an app password: 26 letters and digits in groups, told this one time.
 
@@ -379,9 +376,7 @@ class AccountsDatabase:
             made = AppPassword(
                 label,
                 Secret(rows.app_digest(opened.database_id, words)),
-                read_only,
-                networks,
-                expires,
+                scope,
                 int(time.time()),
             )
             try:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from ipaddress import ip_network
 from typing import Any, Final
 
-from popdrop.values import Network, Secret
+from popdrop.values import ANYTHING, Network, Scope, Secret
 
 PASSWORD: Final = "password"  # noqa: S105 - the name of a kind of verifier
 APOP: Final = "apop"
@@ -48,9 +48,7 @@ class Entry:
     kinds: frozenset[str]
     disabled: bool
     changed: int
-    expires: int | None = None
-    networks: tuple[Network, ...] = ()
-    read_only: bool = False
+    scope: Scope = ANYTHING
     app_passwords: int = 0
 
     @property
@@ -74,9 +72,7 @@ class AppPassword:
 
     label: str
     digest: Secret
-    read_only: bool = False
-    networks: tuple[Network, ...] = ()
-    expires: int | None = None
+    scope: Scope = ANYTHING
     created: int = 0
     used: int | None = None
 
@@ -95,6 +91,11 @@ def app_digest(database_id: bytes, words: bytes) -> bytes:
 def networks_text(networks: tuple[Network, ...]) -> str:
     """As they are stored: in CIDR form, a blank between two."""
     return " ".join(map(str, networks))
+
+
+def scope(read_only: object, networks: str, expires: int | None) -> Scope:
+    """Of three columns. Raises `ValueError`."""
+    return Scope(bool(read_only), networks_of(networks), expires)
 
 
 def networks_of(text: str) -> tuple[Network, ...]:
@@ -120,9 +121,7 @@ def entries(connection: sqlite3.Connection, name: bytes | None = None) -> list[E
             frozenset((kinds or "").split(",")) - {""},
             bool(disabled),
             changed,
-            expires,
-            networks_of(networks),
-            bool(read_only),
+            scope(read_only, networks, expires),
             count,
         )
         for name, disabled, changed, expires, networks, read_only, kinds, count in rows
@@ -150,9 +149,7 @@ def app_passwords(connection: sqlite3.Connection, name: bytes) -> list[AppPasswo
     """Those of an account, by label."""
     rows = connection.execute(_APP_PASSWORDS, (name,)).fetchall()
     return [
-        AppPassword(
-            label, Secret(digest), bool(only), networks_of(networks), expires, created, used
-        )
+        AppPassword(label, Secret(digest), scope(only, networks, expires), created, used)
         for label, digest, only, networks, expires, created, used in rows
     ]
 
@@ -166,9 +163,9 @@ def put_app_password(connection: sqlite3.Connection, name: bytes, made: AppPassw
             name,
             made.label,
             made.digest.reveal(),
-            made.read_only,
-            networks_text(made.networks),
-            made.expires,
+            made.scope.read_only,
+            networks_text(made.scope.networks),
+            made.scope.expires,
             made.created,
             made.used,
         ),

@@ -76,6 +76,13 @@ class Hasher:
             return matches and hashed is not None
         raise TemporaryFailure("Account cannot be verified.", f"damaged password hash: {kind}")
 
+    def is_outdated(self, hashed: Secret) -> bool:
+        """Whether today's parameters are others: the next good login makes a new hash."""
+        try:
+            return self._argon2.check_needs_rehash(hashed.reveal().decode("ascii"))
+        except (InvalidHashError, UnicodeDecodeError):
+            return True
+
 
 class CannotOpen(Exception):
     """A sealed secret does not open: another key, another account, or damaged."""

@@ -19,7 +19,8 @@ class Template:
     """A path with fields that an owner fills. Raises `ConfigError` where it cannot be one.
 
     `{user}`, `{domain}` and `{home}` are the owner's; `{hash1}` and `{hash2}` are qpopper's
-    `hash-spool` 1 and 2: `v` and `b/o` for `bob`.
+    `hash-spool` 1 and 2: `v` and `b/o` for `bob`. Where there is a `{domain}`, the others are of
+    the name without it; else of the whole name, so that two domains never share a path.
     """
 
     def __init__(self, text: str) -> None:
@@ -52,13 +53,19 @@ class Template:
             if not owner.home or not owner.home.startswith("/") or "\0" in owner.home:
                 raise NoSuchOwner(NO_PLACE, f"{self.text}: the account has no home folder")
             return owner.home.rstrip("/")
-        value = owner.domain if name == "domain" else owner.user
+        value = owner.domain if name == "domain" else self._user(owner)
         # Names were checked before they came here; a path must not depend on that.
-        if value in ("", ".", "..") or "/" in value or "\0" in value:
+        if value in ("", ".", "..") or value[0] in ".-" or "/" in value or "\0" in value:
             raise NoSuchOwner(NO_PLACE, f"{self.text}: no {name} that could be part of a path")
         if name == "hash1":
             return _hash1(value)
         return _hash2(value) if name == "hash2" else value
+
+    def _user(self, owner: Owner) -> str:
+        suffix = "@" + owner.domain
+        if not owner.domain or "domain" not in self._pieces[1::2]:
+            return owner.user
+        return owner.user.removesuffix(suffix)
 
 
 NO_PLACE: Final = "There is no maildrop for this user."
