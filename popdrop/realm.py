@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 from twisted.cred.portal import IRealm
 from twisted.internet.defer import Deferred
@@ -101,8 +100,7 @@ class Realm:
             account = accounts.lookup(name)
             if account is not None:
                 if account.uid is None:
-                    account = replace(
-                        account,
+                    account = account._replace(
                         uid=reported.uid,
                         gid=reported.gid,
                         home=reported.home,

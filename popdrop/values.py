@@ -66,9 +66,11 @@ ANYTHING: Final = Scope()
 """From everywhere, for ever, and deletions too."""
 
 
-@dataclass(frozen=True, slots=True)
-class Account:
+class Account(NamedTuple):
     """What is known of one account: its verifiers and the facts a policy asks for.
+
+    A named tuple, since one is made at each login and a frozen dataclass of so many fields takes
+    ten times as long to make.
 
     `name` is the canonical name; a verifier that is absent is `None`. `apop_sealed` says that there
     is an APOP secret which cannot be opened (its key is gone or another one).

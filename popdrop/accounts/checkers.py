@@ -10,7 +10,6 @@ import os
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from hashlib import blake2b
 from typing import Any, Final
 
@@ -84,7 +83,7 @@ class AccountsChecker:
             self._afterwards(
                 self._lookup_pool, self._accounts.note_use, account.name, used, self._clock()
             )
-            return Verified(replace(account, app=used.scope))
+            return Verified(account._replace(app=used.scope))
         hashed = None if account is None else account.password_hash
         key = self._key(account, credentials, password)
         good = key is not None and self._recent is not None and self._recent.holds(key)

@@ -19,7 +19,6 @@ import time
 from base64 import b32encode
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import replace
 from enum import Enum
 from typing import Any, Final
 
@@ -98,8 +97,8 @@ class SystemFacts:
         facts = self.of(account.name)
         if facts is None:
             return account
-        return replace(
-            account, uid=facts.pw_uid, gid=facts.pw_gid, home=facts.pw_dir, shell=facts.pw_shell
+        return account._replace(
+            uid=facts.pw_uid, gid=facts.pw_gid, home=facts.pw_dir, shell=facts.pw_shell
         )
 
 
@@ -168,11 +167,12 @@ class AccountsDatabase:
         with self._serving() as opened:
             found = opened.connection.execute(rows.LOOKUP, (name,)).fetchall()
             self._vault_of(opened)  # a key that is gone is trouble for every name alike
-            account = self._account(opened, name, found) if found else Account(name)
-        account = self._system.completed(account)  # for unknown names too: the same work
-        return account if found else None
+            facts = self._system.of(name)  # for unknown names too: the same work
+            return self._account(opened, name, found, facts) if found else None
 
-    def _account(self, opened: Opened, name: bytes, found: list[Any]) -> Account:
+    def _account(
+        self, opened: Opened, name: bytes, found: list[Any], facts: pwd.struct_passwd | None
+    ) -> Account:
         disabled, version, expires, networks, read_only = found[0][:5]
         values = {row[5]: row[6] for row in found}
         hashed, sealed = values.get(PASSWORD), values.get(APOP)
@@ -183,6 +183,10 @@ class AccountsDatabase:
             apop_secret=apop,
             disabled=bool(disabled),
             version=version,
+            uid=None if facts is None else facts.pw_uid,
+            gid=None if facts is None else facts.pw_gid,
+            home=None if facts is None else facts.pw_dir,
+            shell=None if facts is None else facts.pw_shell,
             apop_sealed=sealed is not None and apop is None,
             scope=rows.scope(read_only, networks, expires),
             lacks_scram=hashed is not None

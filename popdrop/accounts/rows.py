@@ -95,6 +95,8 @@ def networks_text(networks: tuple[Network, ...]) -> str:
 
 def scope(read_only: object, networks: str, expires: int | None) -> Scope:
     """Of three columns. Raises `ValueError`."""
+    if not read_only and not networks and expires is None:
+        return ANYTHING
     return Scope(bool(read_only), networks_of(networks), expires)
 
 
