@@ -17,8 +17,10 @@ import secrets
 import sqlite3
 import time
 from base64 import b32encode
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
@@ -62,6 +64,33 @@ class Keep(Enum):
 
 
 KEEP: Final = Keep.KEEP
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One account for `AccountsDatabase.merge`, under its canonical name.
+
+    `password` and `apop` are in clear; `password_hash` is stored as it is and counts only where
+    there is no `password`.
+    """
+
+    name: bytes
+    password: Secret | None = None
+    password_hash: Secret | None = None
+    apop: Secret | None = None
+    disabled: bool = False
+
+
+class Merged(Enum):
+    """What `AccountsDatabase.merge` did with an entry."""
+
+    ADDED = "added"
+    REPLACED = "replaced"
+    KEPT = "kept"
+
+
+def _no_progress() -> None:
+    return None
 
 
 class SystemFacts:
@@ -607,6 +636,80 @@ class AccountsDatabase:
             return None if vault is None else vault.open(kind, name, sealed)
         except CannotOpen:
             return None
+
+    # What an import brings
+
+    def merge(
+        self,
+        entries: Sequence[Incoming],
+        replace: bool = False,
+        progress: Callable[[], None] = _no_progress,
+    ) -> list[Merged]:
+        """Add many accounts in one transaction: all or none. What became of each, in order.
+
+        Accounts that are there already are kept as they are, or with `replace` get the verifiers
+        that the entry has. `progress` is called for each entry before anything is written: a
+        password takes 30 ms. Raises `Refused` for a name twice, and as `add`.
+        """
+        for entry in entries:
+            if checked_name(entry.name) != entry.name:
+                raise Refused(f"{shown(entry.name)}: not in its canonical form")
+        if len({entry.name for entry in entries}) != len(entries):
+            raise Refused("the same name twice")
+        known = frozenset(self.names())
+        wanted = [entry for entry in entries if replace or entry.name not in known]
+        made = self._made_of(wanted, progress)
+        outcomes = []
+        with self._administration() as opened, transaction(opened.connection):
+            for entry in entries:
+                exists = rows.exists(opened.connection, entry.name)
+                if exists is not (entry.name in known):
+                    raise Refused(f"{shown(entry.name)}: changed meanwhile; import again")
+                if exists and not replace:
+                    outcomes.append(Merged.KEPT)
+                    continue
+                self._merge_one(opened, entry, exists, made[entry.name])
+                outcomes.append(Merged.REPLACED if exists else Merged.ADDED)
+        return outcomes
+
+    def _made_of(
+        self, entries: Sequence[Incoming], progress: Callable[[], None]
+    ) -> dict[bytes, dict[str, Secret]]:
+        """The verifiers by name. All processors work on them: hashing lets go of Python's lock."""
+
+        def made(entry: Incoming) -> dict[str, Secret]:
+            if entry.password is not None:
+                return self._made(checked_words(entry.password))
+            return {} if entry.password_hash is None else {PASSWORD: entry.password_hash}
+
+        found = {}
+        with ThreadPoolExecutor(os.cpu_count()) as pool:
+            try:
+                for entry, verifiers in zip(entries, pool.map(made, entries), strict=True):
+                    found[entry.name] = verifiers
+                    progress()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+        return found
+
+    def _merge_one(
+        self, opened: Opened, entry: Incoming, exists: bool, made: dict[str, Secret]
+    ) -> None:
+        connection = opened.connection
+        if not exists:
+            connection.execute(
+                "INSERT INTO accounts (version, changed, name) VALUES (0, 0, ?)", (entry.name,)
+            )
+        self._stamp(opened, entry.name)
+        if entry.disabled:
+            connection.execute("UPDATE accounts SET disabled = 1 WHERE name = ?", (entry.name,))
+        if made:
+            self._put_password(opened, entry.name, made)
+        if entry.apop is not None:
+            words = Secret(checked_words(entry.apop))
+            vault = self._vault_for_writing(opened)
+            rows.put(connection, entry.name, APOP, vault.seal(APOP, entry.name, words))
 
 
 def checked_name(name: bytes) -> bytes:

@@ -9,6 +9,7 @@ import click
 import popdrop as package
 from popdrop.accounts.database import Refused
 from popdrop.cli.fsck import fsck
+from popdrop.cli.imports import export_accounts, import_accounts
 from popdrop.cli.user import user
 from popdrop.errors import ConfigError, PopdropError
 
@@ -36,4 +37,6 @@ def popdrop() -> None:
 
 
 popdrop.add_command(fsck)
+user.add_command(import_accounts)
+user.add_command(export_accounts)
 popdrop.add_command(user)
