@@ -12,6 +12,7 @@ The layouts are those of gdbm's `gdbmdefs.h` (1.7 to 1.23), `db_page.h` of Berke
 from __future__ import annotations
 
 import struct
+from collections import Counter
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
@@ -121,13 +122,16 @@ def _gdbm(content: bytes) -> Iterator[Record]:
             order + layout.pointer, _part(content, start, dir_size)
         )
     ]
-    buckets = dict.fromkeys(directory)
+    buckets = Counter(directory)
     # They do not overlap: more than fit into the file are not read, however many there are.
     if len(buckets) * size > len(content) or len(directory) * width != dir_size:
         raise Damaged("damaged: its directory makes no sense")
-    for place in buckets:
+    for place, mentions in buckets.items():
         bucket = _part(content, place, size)
-        _, count = _unpack(order + "ii", bucket, layout.counts)
+        bucket_bits, count = _unpack(order + "ii", bucket, layout.counts)
+        # Else a pointer of the directory was changed, and another bucket would be missed.
+        if not 0 <= bucket_bits <= bits or mentions != 1 << (bits - bucket_bits):
+            raise Damaged("damaged: its directory makes no sense")
         step = struct.calcsize(order + layout.element)
         table = _part(bucket, layout.table, elements * step)
         used = 0
@@ -194,6 +198,8 @@ def _berkeley(content: bytes) -> list[Record]:
     found: list[Record] = []
     for bucket in range(last_bucket + 1):
         number = bucket + spares[bucket.bit_length()]
+        if not any(_part(content, number * size + 20, 6)):
+            continue  # a page that was made room for, and never used: no entries, no type
         while number:
             page, number = pages.take(number, *_HASH_PAGES)
             found += _items(page, order, pages)
@@ -224,7 +230,7 @@ class _Pages(NamedTuple):
 
 
 def _items(page: bytes, order: str, pages: _Pages) -> Iterator[Record]:
-    (entries,) = _unpack(order + "H", page, 20)
+    entries, lowest = _unpack(order + "HH", page, 20)
     offsets = _unpack(f"{order}{entries}H", page, _PAGE_HEAD)
     if entries % 2:
         raise Damaged("damaged: a key without a value")
@@ -235,6 +241,8 @@ def _items(page: bytes, order: str, pages: _Pages) -> Iterator[Record]:
             raise Damaged("damaged: the records of a page overlap")
         words.append(_item(page[offset:end], order, pages))
         end = offset
+    if entries and end != lowest:
+        raise Damaged("damaged: a page has not as many records as it says")
     yield from zip(words[::2], words[1::2], strict=True)
 
 
