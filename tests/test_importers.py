@@ -41,6 +41,7 @@ class ReaderCase(SynchronousTestCase):
     def file(self, name: str, content: bytes) -> str:
         path = self.folder / name
         path.write_bytes(content)
+        path.chmod(0o600)
         return str(path)
 
     def items(self, name: str, content: bytes, form: str = "auto") -> list[Item]:
@@ -210,6 +211,17 @@ class Spop3dTests(ReaderCase):
         assert isinstance(item, Found)
         self.assertEqual(item.name, os.fsencode(pwd.getpwuid(os.stat(path).st_uid).pw_name))
 
+    def test_others_may_not_have_written_it(self) -> None:
+        path = self.file(".spop3d", b"APOPSecret 9e9d9c\n")
+        os.chmod(path, 0o660)
+        error = self.assertRaises(Unreadable, read, path, "auto", b"bob")
+        self.assertIn("0600", str(error))
+
+    def test_name_goes_with_no_other_format(self) -> None:
+        path = self.file("authuser", b"eve:secret\n")
+        error = self.assertRaises(Unreadable, read, path, "auto", b"bob")
+        self.assertIn("--name", str(error))
+
     def test_link_is_not_followed(self) -> None:
         target = self.file("target", b"APOPSecret 9e9d9c\n")
         os.symlink(target, self.folder / ".spop3d")
@@ -222,7 +234,7 @@ class PasswdTests(ReaderCase):
     def test_forms(self) -> None:
         items = self.items(
             "passwd",
-            b"dove:{BLF-CRYPT}" + self.BCRYPT + b":1000:1000::/home/dove::\n"
+            b"dove:{BLF-CRYPT}" + self.BCRYPT + b":1000:1000::/home/dove::userdb_quota=1\n"
             b"clear:{plain}open sesame:::::\n"
             b"sha:{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g=\n"
             b"apache:$apr1$r31.....$HqJZimcKQFAMYayBlzkrA/\n"
@@ -232,7 +244,9 @@ class PasswdTests(ReaderCase):
         self.assertEqual(self.troubles(items), {})
         found = self.found(items)
         self.assertEqual(plain(found[b"dove"].password_hash), self.BCRYPT)
-        self.assertEqual(found[b"dove"].remarks, ("uid 1000", "home /home/dove"))
+        self.assertEqual(
+            found[b"dove"].remarks, ("uid 1000", "home /home/dove", "extra fields userdb_quota=1")
+        )
         self.assertEqual(plain(found[b"clear"].password), b"open sesame")
         self.assertEqual(plain(found[b"sha"].password_hash), b"{SHA}W6ph5Mm5Pz8GgiULbPgzG37mj9g=")
         self.assertEqual(

@@ -104,11 +104,17 @@ def read(path: str, form: str = "auto", name: bytes | None = None) -> list[Item]
     """
     if form in ("auto", "qpopper"):
         path = _database_of(path)
-    content, owner = _content(path)
+    content, facts = _content(path)
     if form == "auto":
         form = guess(path, content)
     if form == "spop3d":
-        return list(_spop3d(path, content, name if name is not None else _owner_name(path, owner)))
+        if facts.st_mode & 0o077:
+            text = "others have rights; solid-pop3d believes it only with mode 0600"
+            raise Unreadable(f"{path}: {text}")
+        whose = name if name is not None else _owner_name(path, facts.st_uid)
+        return list(_spop3d(path, content, whose))
+    if name is not None:
+        raise Unreadable(f"{path}: brings its own names; --name is for files like ~/.spop3d")
     return list(FORMS[form](path, content))
 
 
@@ -294,18 +300,14 @@ def _passwd(path: str, content: bytes) -> Iterator[Item]:
             yield Trouble(where, verifier, name)
             continue
         clear, octets = verifier
-        remarks = [
-            f"{what} {_shown(fields[index])}"
-            for index, what in ((2, "uid"), (5, "home"))
-            if len(fields) != _SHADOW_FIELDS and len(fields) > index and fields[index]
-        ]
+        remarks = _remarks(fields)
         secret = Secret(octets)
         yield Found(
             name,
             where,
             password=secret if clear else None,
             password_hash=None if clear else secret,
-            remarks=tuple(remarks),
+            remarks=remarks,
         )
 
 
@@ -313,9 +315,25 @@ _SHADOW_FIELDS: Final = 9  # shadow(5)
 _FENCES: Final = (b"nologin", b"allow_nets", b"allow_real_nets", b"user", b"proxy", b"nopassword")
 
 
+def _of_shadow(fields: list[bytes]) -> bool:
+    return len(fields) == _SHADOW_FIELDS and all(_DIGITS.match(field) for field in fields[2:])
+
+
+def _remarks(fields: list[bytes]) -> tuple[str, ...]:
+    """What a line of a passwd-file says besides name and password; shadow's are dates only."""
+    if _of_shadow(fields):
+        return ()
+    words = ((2, "uid"), (5, "home"), (7, "extra fields"))
+    return tuple(
+        f"{what} {_shown(fields[index])}"
+        for index, what in words
+        if len(fields) > index and fields[index]
+    )
+
+
 def _fenced(fields: list[bytes]) -> str | None:
     """Why a line must not become an account that is free to log in from everywhere."""
-    if len(fields) == _SHADOW_FIELDS and all(_DIGITS.match(field) for field in fields[2:]):
+    if _of_shadow(fields):
         if fields[7]:
             return "the account expires there; add it by hand, with its date"
     elif len(fields) >= 8:
@@ -394,8 +412,8 @@ def _shown(text: bytes) -> str:
     return ascii(text.decode("utf-8", "backslashreplace"))[1:-1]
 
 
-def _content(path: str) -> tuple[bytes, int]:
-    """The octets of a file, and its owner's uid. Raises `Unreadable`.
+def _content(path: str) -> tuple[bytes, os.stat_result]:
+    """The octets of a file, and what fstat(2) says of it. Raises `Unreadable`.
 
     Writers of all three kinds of database take flock(2): a shared lock, for as long as one read(2)
     takes, sees none of their halves.
@@ -410,7 +428,7 @@ def _content(path: str) -> tuple[bytes, int]:
                 raise Unreadable(f"{path}: longer than {FILE_OCTETS} octets")
             _lock(descriptor, path)
             with os.fdopen(os.dup(descriptor), "rb") as file:
-                return file.read(FILE_OCTETS), facts.st_uid
+                return file.read(FILE_OCTETS), facts
         finally:
             os.close(descriptor)
     except OSError as error:

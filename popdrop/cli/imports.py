@@ -341,11 +341,17 @@ def _passwd_line(entry: Entry, hashed: str | None) -> str:
     name = entry.name.decode("utf-8", "backslashreplace")
     if ":" in name:
         raise Refused(f"{shown(entry.name)}: no passwd-file can hold a colon; use --form json")
+    if entry.read_only or entry.expires is not None:
+        text = "no passwd-file says `read-only` or when it expires"
+        click.echo(f"Warning: {shown(entry.name)}: {text}", err=True)
     if hashed is None:
         field = "*"
     elif hashed.startswith("{"):
         field = hashed
     else:
         field = ("{ARGON2ID}" if hashed.startswith("$argon2id$") else "{CRYPT}") + hashed
-    # As passwd(1) locks an account. Dovecot knows no such mark: to it the hash is a damaged one.
-    return f"{name}:{'!' if entry.disabled else ''}{field}"
+    # As passwd(1) locks an account: no password matches, to Dovecot neither.
+    line = f"{name}:{'!' if entry.disabled else ''}{field}"
+    if entry.networks:
+        line += f"::::::allow_nets={','.join(str(network) for network in entry.networks)}"
+    return line
