@@ -36,6 +36,7 @@ from popdrop.stores.mbox.store import MboxFactory
 from popdrop.stores.template import FIELDS
 from popdrop.tap import Options
 from tests.end_to_end.harness import DEADLINE, ROOT, Twistd, environment
+from tests.olddbs import gdbm
 
 PASSWORD = "correct horse"
 
@@ -373,6 +374,25 @@ class RunTests(SynchronousTestCase):
         self.assertRegex(listed, r"(?m)^carol password=yes apop=no disabled=no")
         self.assertRegex(listed, r"(?m)^dave password=no apop=yes disabled=no")
         self.assertNotIn("bob", listed)
+
+    def test_import(self) -> None:
+        """The lines of the guide, with a database of gdbm's where qpopper would have it."""
+        database, old = self.folder / "accounts.db", self.folder / "pop.auth"
+        hidden = bytes(octet ^ 0xFF for octet in PASSWORD.encode()) + b"\0"
+        gdbm(old, [(b"bob\0", hidden)])
+        found = blocks("import")
+        self.assertEqual(len(found), 3)
+        said = []
+        for block in found:
+            for line, _ in block.steps():
+                line = re.sub(r"(popdrop user [a-z]+)", rf"\1 --db {database}", line)
+                said.append(self.shell(line.replace("/etc/pop.auth", str(old))))
+        self.assertIn("add bob apop", said[0])
+        self.assertIn("Added 1, replaced 0", said[1])
+        self.assertIn("Added 0, replaced 1", said[2])
+        written = (self.folder / "passwd-file").read_text()
+        self.assertRegex(written, r"\Abob:\{ARGON2ID\}\$argon2id\$\S+\n\Z")
+        self.assertNotIn(PASSWORD, "".join(said))
 
     def test_fsck(self) -> None:
         """With the folders, the moment and the size of the page: the last is of the host's name."""
