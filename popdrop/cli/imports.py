@@ -323,9 +323,9 @@ def _json_line(entry: Entry, hashed: str | None) -> str:
         "password": entry.has_password,
         "apop": entry.has_apop,
         "disabled": entry.disabled,
-        "read_only": entry.read_only,
-        "networks": [str(network) for network in entry.networks],
-        "expires": None if entry.expires is None else _time(entry.expires),
+        "read_only": entry.scope.read_only,
+        "networks": [str(network) for network in entry.scope.networks],
+        "expires": None if entry.scope.expires is None else _time(entry.scope.expires),
         "changed": _time(entry.changed),
     }
     if hashed is not None:
@@ -341,7 +341,7 @@ def _passwd_line(entry: Entry, hashed: str | None) -> str:
     name = entry.name.decode("utf-8", "backslashreplace")
     if ":" in name:
         raise Refused(f"{shown(entry.name)}: no passwd-file can hold a colon; use --form json")
-    if entry.read_only or entry.expires is not None:
+    if entry.scope.read_only or entry.scope.expires is not None:
         text = "no passwd-file says `read-only` or when it expires"
         click.echo(f"Warning: {shown(entry.name)}: {text}", err=True)
     if hashed is None:
@@ -352,6 +352,6 @@ def _passwd_line(entry: Entry, hashed: str | None) -> str:
         field = ("{ARGON2ID}" if hashed.startswith("$argon2id$") else "{CRYPT}") + hashed
     # As passwd(1) locks an account: no password matches, to Dovecot neither.
     line = f"{name}:{'!' if entry.disabled else ''}{field}"
-    if entry.networks:
-        line += f"::::::allow_nets={','.join(str(network) for network in entry.networks)}"
+    if entry.scope.networks:
+        line += f"::::::allow_nets={','.join(str(network) for network in entry.scope.networks)}"
     return line
