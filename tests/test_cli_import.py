@@ -245,7 +245,7 @@ class ExportTests(ImportCase):
 
     def test_no_secrets_unless_asked(self) -> None:
         for form in ("json", "passwd"):
-            result = self.export("--form", form)
+            result = self.export("--format", form)
             self.assertNotIn("$argon2", result.output)
             self.assertNotIn("horse", result.output)
         facts = [json.loads(line) for line in self.export().stdout.splitlines()]
@@ -262,7 +262,7 @@ class ExportTests(ImportCase):
         self.assertTrue(Hasher().verify(hashed, b"correct horse"))
 
     def test_back_again(self) -> None:
-        path = self.file("passwd", self.export("--with-hashes", "--form", "passwd").stdout)
+        path = self.file("passwd", self.export("--with-hashes", "--format", "passwd").stdout)
         other = os.path.join(self.folder, "other.db")
         result = self.run_it("import", "--db", other, path)
         self.assertIn("Added 1, replaced 0, left 1", result.stdout)
@@ -277,7 +277,7 @@ class ExportTests(ImportCase):
         accounts = AccountsDatabase(self.db)
         accounts.change(b"bob", networks=(ip_network("10.0.0.0/8"),))
         accounts.close()
-        line = self.export("--with-hashes", "--form", "passwd").stdout.splitlines()[0]
+        line = self.export("--with-hashes", "--format", "passwd").stdout.splitlines()[0]
         self.assertTrue(line.endswith("::::::allow_nets=10.0.0.0/8"), line)
         other = os.path.join(self.folder, "other.db")
         result = self.run_it("import", "--db", other, self.file("passwd", line + "\n"))

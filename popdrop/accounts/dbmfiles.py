@@ -241,7 +241,7 @@ def _items(page: bytes, order: str, pages: _Pages) -> Iterator[Record]:
             raise Damaged("damaged: the records of a page overlap")
         words.append(_item(page[offset:end], order, pages))
         end = offset
-    if entries and end != lowest:
+    if end != (lowest or 65536):  # 65536, the end of the largest page, is written as 0
         raise Damaged("damaged: a page has not as many records as it says")
     yield from zip(words[::2], words[1::2], strict=True)
 

@@ -293,7 +293,8 @@ def _warn(rows: Sequence[Row]) -> None:
 @click.command("export")
 @db_option
 @click.option(
-    "--form",
+    "--format",
+    "form",
     type=click.Choice(["json", "passwd"]),
     default="json",
     show_default=True,
@@ -340,7 +341,7 @@ def _time(seconds: int) -> str:
 def _passwd_line(entry: Entry, hashed: str | None) -> str:
     name = entry.name.decode("utf-8", "backslashreplace")
     if ":" in name:
-        raise Refused(f"{shown(entry.name)}: no passwd-file can hold a colon; use --form json")
+        raise Refused(f"{shown(entry.name)}: no passwd-file can hold a colon; use --format json")
     if entry.scope.read_only or entry.scope.expires is not None:
         text = "no passwd-file says `read-only` or when it expires"
         click.echo(f"Warning: {shown(entry.name)}: {text}", err=True)
