@@ -649,7 +649,7 @@ class AccountsDatabase:
 
         Accounts that are there already are kept as they are, or with `replace` get the verifiers
         that the entry has. `progress` is called for each entry before anything is written: a
-        password takes 30 ms. Raises `Refused` for a name twice, and as `add`.
+        password takes some 40 ms. Raises `Refused` for a name twice, and as `add`.
         """
         for entry in entries:
             if checked_name(entry.name) != entry.name:
