@@ -33,6 +33,7 @@ from twisted.python.failure import Failure
 
 import popdrop
 from popdrop import certs, listeners, record, throttle
+from popdrop.accounts import oidc
 from popdrop.accounts.checkers import AccountsChecker, Chain, Recent
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
 from popdrop.accounts.rosters import RosterFiles
@@ -297,6 +298,8 @@ class Popdrop(Service):
         return f"accounts:{quoted(path)}"
 
     def _foreign_checker(self, text: str) -> Any:
+        if text.partition(":")[0] == "oidc":
+            return oidc.from_spec(text, self._reactor, self._lookup_pool)
         if text.partition(":")[0] == "memory":
             raise ConfigError(
                 f"--auth {text}: Twisted's memory checker compares text with octets and lets nobody"
