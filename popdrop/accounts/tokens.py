@@ -181,8 +181,8 @@ def name_in(claims: Claims, rules: Rules, now: float, username: bytes) -> bytes:
     claimed = _claimed(claims, rules.claim)
     name = claimed
     if rules.domain:
-        name, _, domain = claimed.rpartition(b"@")
-        if domain.lower() != rules.domain.lower().encode("utf-8"):
+        name, at, domain = claimed.rpartition(b"@")
+        if not at or domain.lower() != rules.domain.lower().encode("utf-8"):
             raise BadCredentials(FAILED, "token-domain")
     if not acceptable_name(name):
         raise BadCredentials(FAILED, "token-name")
@@ -211,9 +211,9 @@ def _check_times(claims: Claims, leeway: float, now: float) -> None:
     expires, begins, made = (_seconds(claims, name) for name in ("exp", "nbf", "iat"))
     if expires is None:
         raise BadCredentials(FAILED, "token-expiry")
-    if now >= expires + leeway:
+    if expires <= now - leeway:
         raise BadCredentials(FAILED, "token-expired")
-    if any(time is not None and now < time - leeway for time in (begins, made)):
+    if any(time is not None and time > now + leeway for time in (begins, made)):
         raise BadCredentials(FAILED, "token-early")
 
 
@@ -222,7 +222,7 @@ def _seconds(claims: Claims, name: str) -> float | None:
     value = claims.get(name)
     if value is None:
         return None
-    # An integer may be too large for a float, and comparing it is all that is done with it.
+    # An integer may be too large for a float: it is compared, and nothing is added to it.
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value:
         raise BadCredentials(FAILED, "token-malformed")
     return value
