@@ -254,7 +254,8 @@ class Introspection:
         except Unanswered as error:
             claims, fault = None, str(error)
         if claims is None:
-            raise TemporaryFailure(UNVERIFIABLE, f"{self._url}: {fault}")
+            # What the library has raised may quote an answer that quotes the token.
+            raise TemporaryFailure(UNVERIFIABLE, f"{self._url}: {fault}") from None
         return claims
 
 

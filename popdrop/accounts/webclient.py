@@ -10,9 +10,8 @@ import ipaddress
 from typing import Any, Final
 from urllib.parse import urlsplit
 
-from twisted.internet.defer import Deferred, TimeoutError
-from twisted.internet.error import ConnectError, DNSLookupError
-from twisted.internet.error import TimeoutError as ConnectTimeout
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectError, DNSLookupError, TimeoutError
 from twisted.internet.protocol import Protocol, connectionDone
 from twisted.python.failure import Failure
 
@@ -21,6 +20,8 @@ ANSWER_OCTETS: Final = 64 * 1024
 ANSWER_SECONDS: Final = 10.0
 """From the question to the end of the answer. A client waits for its login meanwhile, and most
 give up after 30 or 60."""
+
+_COMPRESSED: Final = b"refused"
 
 
 class Unanswered(Exception):
@@ -88,8 +89,22 @@ class WebClient:
         Fails with `Unanswered`. Cancelling gives up the connection.
         """
         asking = Deferred.fromCoroutine(self._asked(url, form, authorization))
-        asking.addTimeout(ANSWER_SECONDS, self._reactor)
-        return asking.addErrback(_explained)
+        asking.addTimeout(ANSWER_SECONDS, self._reactor, _too_late)
+        # Cut short, some parts of the library say that they cannot connect and the like.
+        wanted = True
+
+        def give_up(answer: object) -> None:
+            nonlocal wanted
+            wanted = False
+            asking.cancel()
+
+        def pass_on(result: Any) -> None:
+            if wanted:
+                answer.callback(result)
+
+        answer: Deferred[tuple[bytes, list[bytes]]] = Deferred(give_up)
+        asking.addErrback(_explained).addBoth(pass_on)
+        return answer
 
     async def _asked(
         self, url: str, form: dict[str, str] | None, authorization: str | None
@@ -109,7 +124,7 @@ class WebClient:
         body = _Bounded()
         if response.code != 200:
             body.refuse(f"status {response.code}")
-        elif response.headers.hasHeader(b"content-encoding"):
+        elif _COMPRESSED in response.headers.getRawHeaders(b"content-encoding", []):
             body.refuse("a compressed answer, which was not asked for")
         response.deliverBody(body)
         octets = await body.done
@@ -132,7 +147,7 @@ class _Plain:
         # treq takes gzip apart as soon as it sees the word; here it does not see it.
         encodings = response.headers.getRawHeaders(b"content-encoding", [])
         if any(encoding.strip().lower() != b"identity" for encoding in encodings):
-            response.headers.setRawHeaders(b"content-encoding", [b"refused"])
+            response.headers.setRawHeaders(b"content-encoding", [_COMPRESSED])
         else:
             response.headers.removeHeader(b"content-encoding")
         return response
@@ -185,19 +200,22 @@ class _Bounded(Protocol):
             self.transport.loseConnection()
 
 
+def _too_late(result: object, seconds: float) -> Failure:
+    return _unanswered(f"no answer within {seconds:g} s")
+
+
 def _explained(failure: Failure) -> Failure:
-    """`Unanswered` for what goes wrong in the network; anything else is what it is."""
+    """`Unanswered`, in words that quote nothing."""
     from OpenSSL.SSL import Error as TLSError
     from service_identity import VerificationError
-    from twisted.internet.defer import CancelledError
 
     error: Any = failure.value
-    if isinstance(error, Unanswered | CancelledError):
-        return failure
-    if isinstance(error, TimeoutError | ConnectTimeout):
-        return _unanswered(f"no answer within {ANSWER_SECONDS:g} s")
     reasons = getattr(error, "reasons", None)
     inner = reasons[0].value if reasons else error
+    if isinstance(inner, Unanswered):
+        return failure
+    if isinstance(inner, TimeoutError):
+        return _too_late(None, ANSWER_SECONDS)
     words = type(inner).__name__
     # The text of any other error may quote the answer, which may quote the question.
     if isinstance(inner, ConnectError | DNSLookupError | TLSError | VerificationError):
