@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -37,9 +38,11 @@ from popdrop.errors import (
     PopdropError,
     TemporaryFailure,
 )
-from popdrop.interfaces import IBearerToken
+from popdrop.interfaces import IBearerToken, IMaildrop
 from popdrop.options import Options
+from popdrop.realm import Realm
 from popdrop.tap import Popdrop
+from popdrop.values import Account, Owner
 from tests.idp import Provider
 from tests.test_layers import ROOT
 from tests.test_tokens import ISSUER, jwk, jwks, pem, private, said, token, told
@@ -212,6 +215,32 @@ class FileTests(CheckerCase):
         portal.registerChecker(self.made)
         _, avatar, _ = await portal.login(Bearer(good()), None, Interface)
         self.assertEqual(avatar, b"bob@example.org")
+
+    async def test_rules_of_the_account(self) -> None:
+        """They stand above any token (decision 22): the realm looks them up."""
+        known = {b"bob": Account(b"bob", disabled=True)}
+
+        class Accounts:
+            lookup = staticmethod(known.get)
+
+        opened: list[Owner] = []
+
+        class Store:
+            async def open(self, owner: Owner) -> Any:
+                opened.append(owner)
+                return mock.Mock()
+
+        made = self.checker(f"oidc:{ISSUER}:keys={self.path}:audience=popdrop:domain=example.org")
+        portal = Portal(Realm(Store(), Hops(), [Accounts()]))  # type: ignore[arg-type,list-item]
+        portal.registerChecker(made)
+        for email, refusal in (("bob@example.org", "disabled"), ("eve@example.org", None)):
+            asking = portal.login(Bearer(good(email=email)), None, IMaildrop)
+            if refusal is None:
+                self.assertIs((await asking)[0], IMaildrop)
+            else:
+                error = await self.assertFailure(asking, BadCredentials)
+                self.assertEqual(error.detail, refusal)
+        self.assertEqual([owner.user for owner in opened], ["eve"])
 
     async def test_new_file(self) -> None:
         self.folder.file("keys.json", jwks(jwk(private("RSA"), "new")))
@@ -742,6 +771,23 @@ class SpecTests(SynchronousTestCase):
 
     def test_keywords_are_all(self) -> None:
         self.assertEqual(len(oidc.KEYWORDS), len(set(oidc.KEYWORDS)))
+
+
+class ReferenceTests(SynchronousTestCase):
+    """docs/reference/oidc.rst holds all there is."""
+
+    def test_complete(self) -> None:
+        page = (ROOT / "docs" / "reference" / "oidc.rst").read_text("utf-8")
+        sources = "".join(Path(module.__file__).read_text() for module in (oidc, issuer, tokens))
+        reasons = set(re.findall('"(token-[a-z-]+)"', sources))
+        self.assertGreater(len(reasons), 15)
+        for reason in reasons:
+            self.assertIn(f"``{reason}``", page)
+        self.assertEqual(set(re.findall("``(token-[a-z-]+)``", page)), reasons)
+        for name in oidc.KEYWORDS:
+            self.assertRegex(page, f"   \\* - ``{name}=")
+        for name in tokens.ALGORITHMS:
+            self.assertIn(name, page)
 
 
 class ServiceTests(SynchronousTestCase):
