@@ -42,7 +42,7 @@ from popdrop.interfaces import IBearerToken, IMaildrop
 from popdrop.options import Options
 from popdrop.realm import Realm
 from popdrop.tap import Popdrop
-from popdrop.values import Account, Owner
+from popdrop.values import Account, Owner, Verified
 from tests.idp import Provider
 from tests.test_layers import ROOT
 from tests.test_tokens import ISSUER, jwk, jwks, pem, private, said, token, told
@@ -118,9 +118,12 @@ class CheckerCase(TestCase):
         return "\n".join(f"{formatEvent(event)} {event!r}" for event in self.events)
 
     async def login(self, checker: Any, octets: bytes, username: bytes = b"") -> bytes:
-        name: bytes = await checker.requestAvatarId(Bearer(octets, username))
+        verified = await checker.requestAvatarId(Bearer(octets, username))
+        self.assertIsInstance(verified, Verified)
+        self.assertTrue(verified.foreign)
+        self.assertEqual(verified.account, Account(bytes(verified)))
         self.unseen(octets, "")
-        return name
+        return bytes(verified)
 
     async def refused(
         self, checker: Any, octets: bytes, kind: type[PopdropError], username: bytes = b""

@@ -32,7 +32,7 @@ from popdrop.errors import BadCredentials, ConfigError
 from popdrop.interfaces import IBearerToken
 from popdrop.spec import Spec, parse
 from popdrop.threads import Pool
-from popdrop.values import Secret
+from popdrop.values import Account, Secret, Verified
 
 LONGEST_LEEWAY: Final = 600
 """Seconds: a clock that is off by more is to be set, not to be waited for."""
@@ -42,9 +42,8 @@ LONGEST_LEEWAY: Final = 600
 class OidcChecker:
     """Verifies `IBearerToken`.
 
-    Fires with the account's name alone, not with `Verified`: nothing of the account is known here,
-    so the realm looks up whether it is disabled and the like, as for any checker that does not keep
-    accounts (decision 22).
+    Nothing of the account is known here but its name: the realm looks up whether it is disabled and
+    the like, as for any checker that does not keep accounts (decision 22).
     """
 
     credentialInterfaces = (IBearerToken,)
@@ -58,19 +57,20 @@ class OidcChecker:
         self._source, self._rules, self._now = source, rules, now
 
     def requestAvatarId(self, credentials: Any) -> Deferred[Any]:
-        """Fires with a name. Fails with `BadCredentials`, `TemporaryFailure`.
+        """Fires with a foreign `Verified`. Fails with `BadCredentials`, `TemporaryFailure`.
 
         With `NoVerifierOfThisKind` for a token of another issuer, or one that cannot be told to be
         this issuer's: the next checker may know it.
         """
-        return Deferred.fromCoroutine(self._name(credentials))
+        return Deferred.fromCoroutine(self._verified(credentials))
 
-    async def _name(self, credentials: Any) -> bytes:
+    async def _verified(self, credentials: Any) -> Verified:
         token: bytes = credentials.token
         if not tokens.plausible(token):
             raise BadCredentials(FAILED, "token-malformed")
         claims = await self._source.claims(token)
-        return tokens.name_in(claims, self._rules, self._now(), credentials.username)
+        name = tokens.name_in(claims, self._rules, self._now(), credentials.username)
+        return Verified(Account(name), foreign=True)
 
 
 # The string
