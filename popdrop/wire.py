@@ -15,10 +15,16 @@ COMMAND_LIMIT: Final = 255
 """Octets of a command line with its CRLF (RFC 2449 section 4)."""
 
 SASL_LIMIT: Final = 12_288
-"""Octets of a SASL continuation line with its CRLF (RFC 5034 section 4 after RFC 4422)."""
+"""Octets of a SASL continuation line with its CRLF (RFC 5034 section 4 after RFC 4422).
+
+Of an AUTH command, too. The RFC holds it to 255 and has clients send a longer response in a line of
+its own, but mpop 1.4.18 sends the tokens of OAUTHBEARER and XOAUTH2 with the command.
+"""
 
 ENDLESS_LIMIT: Final = 65_536
 """A line longer than this, in octets, is no POP3: the connection is closed."""
+
+_AUTH: Final = b"AUTH "
 
 
 class Overlong(enum.Enum):
@@ -67,15 +73,19 @@ class Lines:
         self._position = end + 1
         if line.endswith(b"\r"):
             line = line[:-1]
-        length = self._dropped + len(line)
-        self._dropped = 0
-        if length > self.limit - 2:
+        dropped, self._dropped = self._dropped, 0
+        length = dropped + len(line)
+        if length > self.limit - 2 and (dropped or length > self._allowed(line) - 2):
             return Overlong.ENDLESS if length > ENDLESS_LIMIT else Overlong.LINE
         return line
 
     def _shed(self) -> Overlong | None:
         waiting = len(self)
-        if self._dropped or waiting > self.limit:
+        is_over = waiting > self.limit
+        if is_over and not self._dropped:
+            begin = self._buffer[self._position : self._position + len(_AUTH)]
+            is_over = waiting > self._allowed(begin)
+        if self._dropped or is_over:
             # The last octet may be the CR of the line's end, which does not count.
             keep = 1 if self._buffer.endswith(b"\r") else 0
             self._dropped += waiting - keep
@@ -83,6 +93,10 @@ class Lines:
             if self._dropped > ENDLESS_LIMIT:
                 return Overlong.ENDLESS
         return None
+
+    def _allowed(self, begin: bytes) -> int:
+        """The limit of a line that begins so."""
+        return max(self.limit, SASL_LIMIT) if begin[: len(_AUTH)].upper() == _AUTH else self.limit
 
 
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]").search

@@ -11,6 +11,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from popdrop.wire import (
     COMMAND_LIMIT,
     ENDLESS_LIMIT,
+    SASL_LIMIT,
     Lines,
     Outgoing,
     Overlong,
@@ -57,6 +58,18 @@ class LinesTests(SynchronousTestCase):
         self.assertEqual(split([longest + b"\n"]), [longest])
         self.assertEqual(split([longest + b"x\r\nok\r\n"]), [Overlong.LINE, b"ok"])
 
+    def test_initial_response(self) -> None:
+        """AUTH may be as long as a SASL response: mpop sends tokens with the command."""
+        for word in (b"AUTH ", b"auth "):
+            longest = word.ljust(SASL_LIMIT - 2, b"x")
+            for data in (longest + b"\r\n", longest + b"\n"):
+                self.assertEqual(split([data]), [longest])
+                self.assertEqual(split([data[:3], data[3:300], data[300:-1], data[-1:]]), [longest])
+            self.assertEqual(split([longest + b"x\r\nok\r\n"]), [Overlong.LINE, b"ok"])
+            self.assertEqual(split([longest, b"xx", b"\r\nok\r\n"]), [Overlong.LINE, b"ok"])
+        for other in (b"AUTHX ", b" AUTH ", b"AUTH\t", b"xAUTH "):
+            self.assertEqual(split([other.ljust(COMMAND_LIMIT) + b"\r\n"]), [Overlong.LINE])
+
     def test_tail_of_an_overlong_line_is_no_command(self) -> None:
         data = b"x" * 5000 + b" QUIT\r\nNOOP\r\n"
         self.assertEqual(split([data]), [Overlong.LINE, b"NOOP"])
@@ -88,7 +101,18 @@ class LinesTests(SynchronousTestCase):
         st.lists(
             st.one_of(
                 st.binary(max_size=20),
-                st.sampled_from([b"\r\n", b"\n", b"\r", b"x" * 253, b"y" * 254, b"z" * 70_000]),
+                st.sampled_from(
+                    [
+                        b"\r\n",
+                        b"\n",
+                        b"\r",
+                        b"x" * 253,
+                        b"y" * 254,
+                        b"z" * 70_000,
+                        b"AUTH ",
+                        b"t" * 6_000,
+                    ]
+                ),
             ),
             max_size=12,
         ),
