@@ -105,7 +105,13 @@ class Options(usage.Options):
             _seconds("login-cache"),
         ],
         ["min-uid", None, 11, "System accounts below are refused.", _number("min-uid")],
-        ["throttle", None, "memory", "off, or memory[:KEY=NUMBER...]: attempts and connections."],
+        [
+            "throttle",
+            None,
+            "memory",
+            "off, or memory[:KEY=NUMBER...] or shared:PATH[:KEY=NUMBER...]: attempts and"
+            " connections.",
+        ],
         [
             "lock-timeout",
             None,

@@ -197,7 +197,7 @@ class Popdrop(Service):
         if options["apop-only"] and not apop:
             raise ConfigError("--apop-only: no --auth can verify APOP; use --auth accounts:FILE")
         policy = self._policy(apop, tls is not None)
-        self._throttle = throttle.from_spec(options["throttle"], reactor)
+        self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
         self._session_log = record.Several(logs)
         self._rosters = RosterFiles(
@@ -236,6 +236,12 @@ class Popdrop(Service):
                 )
             )
         self._refuse_root()
+
+    def _owners(self) -> tuple[int, ...]:
+        """Whose files are ours: at a start as root also those of the user to come."""
+        parent: Any = self._options.parent or {}
+        uid = parent.get("uid")
+        return (os.geteuid(),) if uid is None else (os.geteuid(), int(uid))
 
     def _pool(self, name: str, threads: int) -> Pool:
         pool = Pool(self._reactor, name, threads)
@@ -418,6 +424,7 @@ class Popdrop(Service):
         for database in self._databases:
             database.close()
         self._session_log.close()
+        self._throttle.close()
         self._forget_demo()
 
     def privilegedStartService(self) -> None:
@@ -465,6 +472,7 @@ class Popdrop(Service):
             return
         group = -1 if gid is None else gid
         self._session_log.hand_over(uid, group)
+        self._throttle.hand_over(uid, group)
         made = [self.state_dir] if self._made_state_dir or self._is_all_ours() else []
         made.append(os.path.join(self.state_dir, certs.SELF_MADE))
         made += [path for path, is_new in self._store_folders if is_new]
@@ -496,6 +504,7 @@ class Popdrop(Service):
             "fsck",
             "index",
         }
+        names.add(os.path.basename(self._throttle.path))
         names |= {os.path.basename(each.path) + e for each in self._databases for e in ENDINGS}
         return set(os.listdir(self.state_dir)) <= names
 

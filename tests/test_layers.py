@@ -36,8 +36,8 @@ _TABLE = """
 3   sasl policy selfmade config accounts.database
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
 3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks
-3   accounts.tokens
-2   credentials wire spec accounts.sqlitefile accounts.keys
+3  accounts.tokens
+2  credentials wire spec accounts.sqlitefile accounts.keys sharedcounts
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
 1   interfaces accounts.secrets accounts.scram accounts.rows stores.mbox.scan stores.mbox.findings

@@ -61,6 +61,7 @@ class OptionTests(TapCase):
             (("--store", "mbox:/x/{user}:nonsense=1"), "nonsense"),
             (("--store", "mbox"), "mbox"),
             (("--throttle", "memory:nonsense=1"), "--throttle"),
+            (("--throttle", "shared:/nowhere/at/all"), "--throttle"),
             (("--lock-timeout", "long"), "--lock-timeout takes a number of seconds"),
             (("--min-uid", "x"), "--min-uid takes a number"),
             (("--idle-timeout", "60"), "--allow-short-idle"),

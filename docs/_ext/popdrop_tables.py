@@ -129,7 +129,7 @@ def codes() -> Iterator[str]:
 
 
 def throttle_keys() -> Iterator[str]:
-    """The keywords of `--throttle memory` and their defaults."""
+    """The keywords of `--throttle memory` and `shared`, and their defaults."""
     meanings = {
         "total": "connections at once, in all",
         "per-address": "connections at once from one IPv4 address or one IPv6 /64",
