@@ -54,7 +54,7 @@ that all 64 are taken once in some 100,000 times that every place is (Poisson)."
 PROOFS: Final = 16
 """Different wrong secrets remembered by address."""
 MOST_OCTETS: Final = 1 << 30
-"""Of a table. 64 processes and the default numbers need 6 MB."""
+"""Of a table. 64 processes and the default numbers need 8 MB."""
 
 MAGIC: Final = b"PopdropThrottle\0"
 VERSION: Final = 1

@@ -1,0 +1,125 @@
+"""`python -m benchmarks.logins`: what logins cost, and how long others wait for them.
+
+- The longest wait of a logged-in session that sends NOOP after NOOP, while 200 others log in by
+  password at once; and the longest in as much time without them, which is the machine's own.
+- Processor time of the server for a login by APOP: of the session `connect, CAPA, APOP, QUIT` over
+  that of the bare session `connect, CAPA, QUIT`, both one after another on their own connections.
+  Of the same with a wrong digest, too, which is verification and log line without a maildrop.
+"""
+
+from __future__ import annotations
+
+import argparse
+import threading
+import time
+from collections.abc import Callable
+from statistics import median
+
+from benchmarks.mechanisms import Client, apop, user_pass
+from benchmarks.peers import Popdrop
+from benchmarks.process import tree_cpu
+from benchmarks.scene import serving
+
+
+def waits(port: int, password: bytes, users: list[str]) -> tuple[list[float], list[float], float]:
+    """Round trips of NOOP in seconds, alone and during the logins, and how long these took."""
+    watcher = Client(port)
+    user_pass(watcher, b"watcher", password)
+    clients = [Client(port) for _ in users]
+    for client, user in zip(clients, users, strict=True):
+        client.ask(b"USER " + user.encode())
+    left = threading.Semaphore(0)
+
+    def finish() -> None:
+        for client in clients:
+            if not client.line().startswith(b"+OK"):
+                raise RuntimeError("a login failed")
+        left.release()
+
+    def watch(done: Callable[[], bool]) -> list[float]:
+        found = []
+        while not done():
+            began = time.perf_counter()
+            watcher.ask(b"NOOP")
+            found.append(time.perf_counter() - began)
+        return found
+
+    began = time.perf_counter()
+    reader = threading.Thread(target=finish)
+    for client in clients:
+        client.send(b"PASS " + password)
+    reader.start()
+    during = watch(lambda: left.acquire(blocking=False))
+    took = time.perf_counter() - began
+    reader.join()
+    for client in clients:
+        client.close()
+    time.sleep(0.5)  # until they are forgotten
+    until = time.perf_counter() + took
+    alone = watch(lambda: time.perf_counter() >= until)
+    watcher.close()
+    return alone, during, took
+
+
+def bare(port: int, password: bytes) -> None:
+    """connect, CAPA, QUIT."""
+    with Client(port) as client:
+        client.capa()
+        client.ask(b"QUIT")
+
+
+def with_apop(port: int, password: bytes) -> None:
+    """connect, CAPA, APOP, QUIT."""
+    with Client(port) as client:
+        client.capa()
+        apop(client, b"watcher", password)
+        client.ask(b"QUIT")
+
+
+def with_wrong_apop(port: int, password: bytes) -> None:
+    """The same with a wrong digest."""
+    with_apop(port, b"not " + password)
+
+
+def cpu(server: Popdrop, session: Callable[[int, bytes], None], count: int) -> float:
+    """Seconds of the server's processor time of one session."""
+    began = tree_cpu(server.pid)
+    for _ in range(count):
+        session(server.port, server.password.encode())
+    return (tree_cpu(server.pid) - began) / count
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.logins", description=__doc__)
+    parser.add_argument("--logins", type=int, default=200, metavar="N", help="(%(default)s)")
+    parser.add_argument("--sessions", type=int, default=500, metavar="N", help="(%(default)s)")
+    parser.add_argument("--runs", type=int, default=3, metavar="N", help="(%(default)s)")
+    given = parser.parse_args(argv)
+    users = [f"u{number}" for number in range(given.logins)]
+    with serving(["watcher", *users]) as server:
+        password = server.password.encode()
+        for _ in range(given.runs):
+            alone, during, took = waits(server.port, password, users)
+            print(
+                f"{given.logins} password logins in {took:.2f} s; NOOP meanwhile:"
+                f" median {median(during) * 1e3:.2f} ms,"
+                f" longest {max(during) * 1e3:.1f} ms (without logins {max(alone) * 1e3:.1f} ms)"
+            )
+        sessions = (bare, with_apop, with_wrong_apop)
+        found: dict[str, list[float]] = {each.__name__: [] for each in sessions}
+        for number in range(given.runs + 1):
+            for session in sessions:
+                used = cpu(server, session, given.sessions if number else 50)
+                if number:
+                    found[session.__name__].append(used * 1e3)
+        base, good, wrong = (median(each) for each in found.values())
+        print(
+            f"CPU of the server: bare session {base:.3f} ms, with APOP {good:.3f} ms"
+            f" ({good - base:+.3f}), with a wrong digest {wrong:.3f} ms ({wrong - base:+.3f})"
+        )
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

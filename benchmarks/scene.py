@@ -1,0 +1,35 @@
+"""One Popdrop on a core of its own in a temporary folder, for the benchmarks of logins."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from benchmarks.peers import Popdrop
+from benchmarks.process import cores
+
+
+@contextmanager
+def serving(users: Sequence[str]) -> Iterator[Popdrop]:
+    """With these accounts, all of one password, and no mail. This process has the other core.
+
+    Raises `Failed`, `tools.Missing`.
+    """
+    server_core, own_core = cores()
+    allowed = os.sched_getaffinity(0)
+    folder = Path(tempfile.mkdtemp(prefix="popdrop-bench-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    server = Popdrop(folder, server_core, secrets.token_hex(12))
+    try:
+        server.start(users)
+        os.sched_setaffinity(0, {own_core})
+        yield server
+    finally:
+        os.sched_setaffinity(0, allowed)
+        server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
