@@ -69,6 +69,8 @@ LOOK_EVERY: Final = 1.0
 """Seconds until the modes of the accounts database are looked at again: 17 us a look."""
 HASH_THREADS: Final = 2
 """Argon2 hashes in flight: 19 MiB and a core each."""
+HASH_NICE: Final = 10
+"""Nice value of these threads: sessions that are logged in go before logins."""
 LOOPBACK_LISTENERS: Final = (
     "tcp:{plain}:interface=127.0.0.1",
     "tcp6:{plain}:interface=\\:\\:1",
@@ -187,7 +189,7 @@ class Popdrop(Service):
         )
         self._store_pool = self._pool("popdrop-store", STORE_THREADS)
         self._lookup_pool = self._pool("popdrop-lookup", LOOKUP_THREADS)
-        self._hash_pool = self._pool("popdrop-hash", HASH_THREADS)
+        self._hash_pool = self._pool("popdrop-hash", HASH_THREADS, HASH_NICE)
         checkers = self._checkers()
         tls = self._stls_certificates()
         # One needs no chain: that it does not know somebody is a refusal like any other.
@@ -243,8 +245,8 @@ class Popdrop(Service):
         uid = parent.get("uid")
         return (os.geteuid(),) if uid is None else (os.geteuid(), int(uid))
 
-    def _pool(self, name: str, threads: int) -> Pool:
-        pool = Pool(self._reactor, name, threads)
+    def _pool(self, name: str, threads: int, nice: int = 0) -> Pool:
+        pool = Pool(self._reactor, name, threads, nice)
         self._pools.append(pool)
         return pool
 

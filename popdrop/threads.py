@@ -10,6 +10,7 @@ reactor together; a login makes three of them.
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable
 from queue import SimpleQueue
@@ -37,11 +38,16 @@ _Work = tuple["Deferred[Any]", Callable[[], Any]]
 class Pool:
     """A bounded number of threads for one kind of work."""
 
-    def __init__(self, reactor: Any, name: str, threads: int) -> None:
-        """`reactor` provides `IReactorFromThreads` and `IReactorTime`."""
+    def __init__(self, reactor: Any, name: str, threads: int, nice: int = 0) -> None:
+        """`reactor` provides `IReactorFromThreads` and `IReactorTime`.
+
+        `nice` is added to the threads' own nice value (on Linux each thread has one, sched(7)), so
+        that long computations leave the processor to the reactor when there is one for both.
+        """
         self._reactor = reactor
         self._name = name
         self._most = threads
+        self._nice = nice
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._free = 0  # threads that wait and for which no work is in the queue
@@ -123,6 +129,10 @@ class Pool:
         thread.start()
 
     def _work(self) -> None:
+        if self._nice:
+            thread = threading.get_native_id()
+            usual = os.getpriority(os.PRIO_PROCESS, thread)
+            os.setpriority(os.PRIO_PROCESS, thread, min(usual + self._nice, 19))
         ends = False
         while (item := self._queue.get()) is not None:
             done, work = item

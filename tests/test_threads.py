@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from typing import Any
 
@@ -26,6 +27,18 @@ class PoolTests(TestCase):
         self.assertNotEqual(there, here)
         self.assertEqual(threading.get_ident(), here)
         self.assertEqual(await pool.run(int, "11", base=2), 3)
+
+    async def test_threads_may_be_nicer_than_the_reactor(self) -> None:
+        def niceness() -> int:
+            return os.getpriority(os.PRIO_PROCESS, threading.get_native_id())
+
+        usual = niceness()
+        pool = Pool(reactor, "nice", 1, 1)  # type: ignore[arg-type]
+        pool.start()
+        self.addCleanup(pool.stop)
+        self.assertEqual(await pool.run(niceness), min(usual + 1, 19))
+        self.assertEqual(await self.pool(1).run(niceness), usual)
+        self.assertEqual(niceness(), usual)
 
     async def test_failure(self) -> None:
         with self.assertRaises(ZeroDivisionError):
