@@ -195,9 +195,10 @@ class AccountsDatabase:
             return None
         with self._serving() as opened:
             found = opened.connection.execute(rows.LOOKUP, (name,)).fetchall()
-            self._vault_of(opened)  # a key that is gone is trouble for every name alike
-            facts = self._system.of(name)  # for unknown names too: the same work
-            return self._account(opened, name, found, facts) if found else None
+            # For unknown names too: the same work.
+            facts = self._system.of(name)
+            account = self._account(opened, name, found or rows.NOBODY, facts)
+            return account if found else None
 
     def _account(
         self, opened: Opened, name: bytes, found: list[Any], facts: pwd.struct_passwd | None
@@ -205,7 +206,12 @@ class AccountsDatabase:
         disabled, version, expires, networks, read_only = found[0][:5]
         values = {row[5]: row[6] for row in found}
         hashed, sealed = values.get(PASSWORD), values.get(APOP)
-        apop = None if sealed is None else self._unsealed(opened, APOP, name, sealed)
+        vault = self._vault_of(opened)
+        apop = None
+        if sealed is not None:
+            apop = self._unsealed(opened, APOP, name, sealed)
+        elif vault is not None:
+            vault.open_decoy()
         return Account(
             name=name,
             password_hash=None if hashed is None else Secret(hashed),

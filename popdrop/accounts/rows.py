@@ -24,6 +24,8 @@ LOOKUP: Final = (
     "SELECT a.disabled, a.version, a.expires, a.networks, a.read_only, v.kind, v.value"
     " FROM accounts AS a LEFT JOIN verifier AS v ON v.name = a.name WHERE a.name = ?"
 )
+NOBODY: Final = [(0, 0, None, "", 0, None, None)]
+"""What a look-up finds for a name without an account, so that the rest takes as long."""
 _ENTRIES: Final = (
     "SELECT a.name, a.disabled, a.changed, a.expires, a.networks, a.read_only,"
     " (SELECT group_concat(kind) FROM verifier WHERE name = a.name),"

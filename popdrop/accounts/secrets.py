@@ -102,6 +102,7 @@ class Vault:
         # facts give the same octets.
         self._bound = b"popdrop sealed 1\0" + database_id + self.key_id
         self.decoy_key = hashlib.sha256(b"popdrop decoys\0" + database_id + key.reveal()).digest()
+        self._decoy = self.seal("decoy", b"", Secret(bytes(24)))
 
     def seal(self, kind: str, name: bytes, secret: Secret) -> bytes:
         """Format octet, key id, nonce, cipher text and tag."""
@@ -121,6 +122,10 @@ class Vault:
             return Secret(self._cipher.decrypt(nonce, sealed[_HEAD:], self._facts(kind, name)))
         except InvalidTag:
             raise CannotOpen("damaged, or sealed for another account") from None
+
+    def open_decoy(self) -> None:
+        """As long as `open` takes, for accounts that have no secret."""
+        self.open("decoy", b"", self._decoy)
 
     def _facts(self, kind: str, name: bytes) -> bytes:
         return self._bound + kind.encode("ascii") + b"\0" + name
