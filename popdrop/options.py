@@ -8,6 +8,8 @@ import sys
 from collections.abc import Callable
 from typing import Any, Final
 
+from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
+from twisted.cred.strcred import AuthOptionMixin
 from twisted.python import usage
 
 import popdrop
@@ -53,7 +55,7 @@ def _number(option: str) -> Callable[[str], int]:
     return known
 
 
-class Options(usage.Options):
+class Options(AuthOptionMixin, usage.Options):
     """The command line of `twistd popdrop`."""
 
     synopsis = "[options]"
@@ -131,6 +133,7 @@ class Options(usage.Options):
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
         ["hostname", None, None, "This server's name. [the machine's]"],
     ]
+    supportedInterfaces = (IUsernamePassword, IUsernameHashedPassword)
     _several = ("listen", "auth", "session-log", "local-net")
 
     def __init__(self) -> None:
@@ -143,8 +146,16 @@ class Options(usage.Options):
         self["listen"].append(text)
 
     def opt_auth(self, text: str) -> None:
-        """Verify logins so: accounts:FILE, or a checker of Twisted's. Repeatable, in order."""
+        """Verify logins so, as accounts:FILE; --help-auth lists the kinds. Repeatable, in order."""
         self["auth"].append(text)
+
+    def opt_help_auth(self) -> None:
+        """List the kinds of --auth."""
+        super().opt_help_auth()  # type: ignore[no-untyped-call]
+
+    def opt_help_auth_type(self, kind: str) -> None:
+        """Explain one kind of --auth."""
+        super().opt_help_auth_type(kind)  # type: ignore[no-untyped-call]
 
     def opt_session_log(self, text: str) -> None:
         """Log sessions as plain, json, qpopper or sqmail[:SINK]. Repeatable. [plain]"""

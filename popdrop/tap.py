@@ -33,8 +33,8 @@ from twisted.python.failure import Failure
 
 import popdrop
 from popdrop import certs, listeners, record, throttle
-from popdrop.accounts import oidc
-from popdrop.accounts.checkers import AccountsChecker, Chain, Recent
+from popdrop.accounts import backends, oidc
+from popdrop.accounts.checkers import AccountsChecker, BackendChecker, Chain, Recent
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
 from popdrop.accounts.rosters import RosterFiles
 from popdrop.demo import Demo
@@ -71,6 +71,8 @@ HASH_THREADS: Final = 2
 """Argon2 hashes in flight: 19 MiB and a core each."""
 HASH_NICE: Final = 10
 """Nice value of these threads: sessions that are logged in go before logins."""
+AUTH_THREADS: Final = 8
+"""Logins at once that wait for PAM and for checkpassword programs. Hashes have their own cap."""
 LOOPBACK_LISTENERS: Final = (
     "tcp:{plain}:interface=127.0.0.1",
     "tcp6:{plain}:interface=\\:\\:1",
@@ -190,6 +192,7 @@ class Popdrop(Service):
         self._store_pool = self._pool("popdrop-store", STORE_THREADS)
         self._lookup_pool = self._pool("popdrop-lookup", LOOKUP_THREADS)
         self._hash_pool = self._pool("popdrop-hash", HASH_THREADS, HASH_NICE)
+        self._auth_pool = self._pool("popdrop-auth", AUTH_THREADS)
         checkers = self._checkers()
         tls = self._stls_certificates()
         # One needs no chain: that it does not know somebody is a refusal like any other.
@@ -197,7 +200,10 @@ class Popdrop(Service):
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
         apop = IUsernameHashedPassword in kinds
         if options["apop-only"] and not apop:
-            raise ConfigError("--apop-only: no --auth can verify APOP; use --auth accounts:FILE")
+            raise ConfigError(
+                "--apop-only: no --auth can verify APOP, and nobody could log in; use accounts:FILE"
+                " with its key beside it, passwd:FILE:scheme=plain, or checkpassword:PROG:apop=yes"
+            )
         policy = self._policy(apop, tls is not None)
         self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
@@ -308,17 +314,16 @@ class Popdrop(Service):
     def _foreign_checker(self, text: str) -> Any:
         if text.partition(":")[0] == "oidc":
             return oidc.from_spec(text, self._reactor, self._lookup_pool)
-        if text.partition(":")[0] == "memory":
-            raise ConfigError(
-                f"--auth {text}: Twisted's memory checker compares text with octets and lets nobody"
-                " in; use accounts:FILE or file:PATH"
-            )
+        backend = backends.make("--auth", text)
+        if backend is not None:
+            pool = self._hash_pool if backends.uses_processor(text) else self._auth_pool
+            return BackendChecker(backend, pool)
         try:
             checker = makeChecker(text)  # type: ignore[no-untyped-call]
         except InvalidAuthType:
             raise ConfigError(
                 f"--auth {text}: no such kind of checker; use accounts:FILE, or one that"
-                " twistd web --help-auth lists"
+                " twistd popdrop --help-auth lists"
             ) from None
         except (InvalidAuthArgumentString, TypeError, ValueError) as error:
             raise ConfigError(f"--auth {text}: {' '.join(str(error).split())}") from None

@@ -24,15 +24,16 @@ _TABLE = """
 10  cli.* testing
 9   tap
 8   workers demo factory
-7   protocol realm options
+7   protocol realm options accounts.strcred
 6   inthreads legacy throttle record listeners accounts.checkers accounts.helper ops.*
 6   stores.mbox.fsck
 6   accounts.oidc
 5   stores.mbox.store stores.mbox.keepsake stores.mbox.mend
-5   accounts.issuer
+5   accounts.issuer accounts.backends
 4   certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
 4   stores.mbox.beside stores.mbox.check
 4   accounts.rosters accounts.importers accounts.system accounts.checkpassword
+4   accounts.passwdfile
 3   sasl policy selfmade config accounts.database
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
 3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks
@@ -40,7 +41,8 @@ _TABLE = """
 2  credentials wire spec accounts.sqlitefile accounts.keys sharedcounts
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
-1   interfaces accounts.secrets accounts.scram accounts.rows stores.mbox.scan stores.mbox.findings
+1   interfaces accounts.secrets accounts.scram accounts.rows accounts.foreign
+1   stores.mbox.scan stores.mbox.findings
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
 0   errors listing values places accounts.dbmfiles accounts.webclient

@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.interface import InterfaceClass
 
+from popdrop.accounts.backends import INTERFACES
 from popdrop.accounts.rows import AppPassword
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, prepared
@@ -136,6 +137,26 @@ class AccountsChecker:
 
     def _lookup(self, username: bytes) -> Account | None:
         return self._accounts.lookup(_prepared_or_raw(username))
+
+
+@implementer(ICredentialsChecker)
+class BackendChecker:
+    """Asks an `IBackend` in a thread of `pool`: its number of threads is the cap on checks.
+
+    Anything with `run(work, *args)` that fires in the reactor is a pool.
+    """
+
+    def __init__(self, backend: Any, pool: Pool) -> None:
+        self._backend = backend
+        self._pool = pool
+        self.credentialInterfaces: tuple[InterfaceClass, ...] = tuple(
+            each for kind, each in INTERFACES.items() if kind in backend.kinds
+        )
+
+    def requestAvatarId(self, credentials: Any) -> Deferred[Any]:
+        """Fires with a foreign `Verified`. Fails as `IBackend.check` does."""
+        checked = self._pool.run(self._backend.check, credentials)
+        return checked.addCallback(Verified, foreign=True)
 
 
 @implementer(ICredentialsChecker)
