@@ -169,6 +169,11 @@ class Checkpassword:
         program, code = self._command[0], ended.code
         if code == 0:
             return None
+        if code == 1 and ended.report.startswith(b"Name:\t"):
+            # Not the program said so, but ours: the kernel keeps /proc/self from those whose real
+            # and effective ids differ.
+            why = "the login is good, but /proc/self cannot be read; does it set all its ids?"
+            return TemporaryFailure(_CRASHED, f"{program}: {why}")
         if code == 1:
             return BadCredentials(FAILED)
         if code == 2:
