@@ -157,6 +157,8 @@ def _bare(text: str, password: bytes, user: bytes) -> bool:
     if _LOOKS_LIKE_CRYPT(text) and not text.startswith("$argon2"):
         made = _crypt(password, text.encode("ascii"))
         if made is not None:
+            if len(made) != len(text):
+                raise _Damaged("damaged password hash: cut short, or with something behind it")
             return hmac.compare_digest(made, text.encode("ascii"))
     handlers = _by_looks(text)
     if not handlers:

@@ -152,9 +152,8 @@ class PasswdFile:
         if len(octets) > MOST_OCTETS:
             raise _BadFile(f"longer than {MOST_OCTETS} octets")
         young = time.time() - max(facts.st_mtime, facts.st_ctime) < _YOUNG
-        if young and contents.lines and contents.octets == hash(octets):
-            return contents
-        fresh = self._parsed(octets, _stamp(facts))
+        same = bool(contents.lines) and contents.octets == hash(octets)
+        fresh = contents if same else self._parsed(octets, _stamp(facts))
         if facts.st_mode & 0o004:
             if fresh.clear:
                 raise _BadFile(
@@ -165,13 +164,12 @@ class PasswdFile:
                     "{path}: anybody may read the password hashes; chmod o-r {path}",
                     path=self._path,
                 )
-        if young:
-            fresh.stamp = ()
+        fresh.stamp = () if young else _stamp(facts)
         self._contents = fresh
         return fresh
 
     def _parsed(self, octets: bytes, stamp: tuple[int, ...]) -> _Contents:
-        contents = _Contents(stamp, hash(octets))
+        contents = _Contents(octets=hash(octets))
         wrong: list[str] = []
         first: dict[bytes, int] = {}
         for number, text in enumerate(octets.split(b"\n"), 1):
