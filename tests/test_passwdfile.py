@@ -27,7 +27,7 @@ from popdrop.errors import (
     TemporaryFailure,
 )
 from popdrop.interfaces import IBackend
-from popdrop.values import Account
+from popdrop.values import Account, Scope
 from tests.test_checkpassword import REFUSED_NAMES, STRANGE_NAMES, apop
 from tests.test_foreign import PUBLISHED, SETTINGS, program
 
@@ -96,7 +96,8 @@ class FormTests(FileCase):
         self.assertEqual(backend.check(Cleartext(b"bob", b"secret")), Account(b"bob"))
         # The account expires on 1970-01-03.
         self.assertEqual(
-            backend.check(Cleartext(b"carol", b"secret")), Account(b"carol", expires=172800)
+            backend.check(Cleartext(b"carol", b"secret")),
+            Account(b"carol", scope=Scope(expires=172800)),
         )
 
     def test_passwd(self) -> None:
@@ -114,7 +115,7 @@ class FormTests(FileCase):
         )
         bob = backend.check(Cleartext(b"bob", b"Hello world!"))
         self.assertEqual(
-            bob.networks,
+            bob.scope.networks,
             (ip_network("192.0.2.0/24"), ip_network("2001:db8::/32"), ip_network("127.0.0.1/32")),
         )
         self.assertEqual((bob.uid, bob.home, bob.disabled), (1000, "/home/bob", False))

@@ -24,7 +24,7 @@ from popdrop.errors import (
     TemporaryFailure,
 )
 from popdrop.interfaces import IBackend
-from popdrop.values import Account, Network, Secret
+from popdrop.values import Account, Network, Scope, Secret
 
 log = Logger()
 
@@ -220,7 +220,7 @@ class PasswdFile:
             hashed = self._prefix + hashed
         if len(parts) == _SHADOW_FIELDS and all(f.isdigit() or not f for f in rest):
             expires = int(rest[5]) * _DAY if rest[5] else None
-            return _Line(Account(name, expires=expires), Secret(hashed))
+            return _Line(Account(name, scope=Scope(expires=expires)), Secret(hashed))
         return _Line(_account(name, rest), Secret(hashed))
 
 
@@ -244,7 +244,7 @@ def _account(name: bytes, rest: list[bytes]) -> Account:
         gid=int(gid) if gid else None,
         home=os.fsdecode(home) or None,
         shell=os.fsdecode(shell) or None,
-        networks=tuple(networks),
+        scope=Scope(networks=tuple(networks)),
         disabled=disabled,
     )
 

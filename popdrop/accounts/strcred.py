@@ -17,6 +17,7 @@ from popdrop.accounts import backends
 from popdrop.accounts.checkers import AccountsChecker, BackendChecker
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.errors import ConfigError
+from popdrop.spec import parse
 
 
 class ReactorThreads:
@@ -32,9 +33,11 @@ def checker(kind: str, argument: str) -> Any:
     pool: Any = ReactorThreads()
     try:
         if kind == "accounts":
-            if not argument:
-                raise ConfigError("--auth accounts: name the file, as accounts:/srv/accounts.db")
-            database = AccountsDatabase(os.path.abspath(argument))
+            spec = parse("--auth", f"accounts:{argument}")
+            if len(spec.args) != 1 or not spec.args[0] or spec.kwargs.keys() - {"key"}:
+                raise ConfigError("--auth accounts: name one file, as accounts:/srv/accounts.db")
+            path = os.path.abspath(spec.args[0])
+            database = AccountsDatabase(path, key=spec.kwargs.get("key"))
             return AccountsChecker(database, pool, pool, database.can_apop)
         return BackendChecker(backends.make("--auth", f"{kind}:{argument}"), pool)
     except ConfigError as error:

@@ -74,9 +74,11 @@ class Twistd:
         *options: str,
         listen: tuple[str, ...] = (),
         preload: Path | None = None,
+        variables: dict[str, str] | None = None,
     ):
         self.folder = folder
         more = {} if preload is None else {"LD_PRELOAD": str(preload)}
+        more |= variables or {}
         listeners = listen or ("tcp:0:interface=127.0.0.1",)
         arguments = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
         arguments += ["-n", "--pidfile", "", "popdrop", "--state-dir", str(folder.state)]

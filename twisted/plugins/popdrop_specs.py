@@ -45,7 +45,7 @@ class _Checker:
 
 accounts = _Checker(
     "accounts",
-    "FILE",
+    "FILE[:key=SOURCE]",
     """
 Popdrop's own accounts, made by `popdrop user add`: passwords and APOP secrets.
 FILE is the database, as /var/lib/popdrop/accounts.db.
