@@ -198,12 +198,7 @@ class Popdrop(Service):
         # One needs no chain: that it does not know somebody is a refusal like any other.
         chain = checkers[0] if len(checkers) == 1 else Chain(checkers)
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
-        apop = IUsernameHashedPassword in kinds
-        if options["apop-only"] and not apop:
-            raise ConfigError(
-                "--apop-only: no --auth can verify APOP, and nobody could log in; use accounts:FILE"
-                " with its key beside it, passwd:FILE:scheme=plain, or checkpassword:PROG:apop=yes"
-            )
+        apop = self._offers_apop(kinds)
         policy = self._policy(apop, tls is not None)
         self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
@@ -244,6 +239,15 @@ class Popdrop(Service):
                 )
             )
         self._refuse_root()
+
+    def _offers_apop(self, kinds: set[Any]) -> bool:
+        apop = IUsernameHashedPassword in kinds
+        if self._options["apop-only"] and not apop:
+            raise ConfigError(
+                "--apop-only: no --auth can verify APOP, and nobody could log in; use accounts:FILE"
+                " with its key beside it, passwd:FILE:scheme=plain, or checkpassword:PROG:apop=yes"
+            )
+        return apop
 
     def _owners(self) -> tuple[int, ...]:
         """Whose files are ours: at a start as root also those of the user to come."""

@@ -57,7 +57,7 @@ _BLOCK = re.compile(
 _LITERAL = re.compile(r"`(--[a-z][a-z-]*)")
 _OPTION_ROLE = re.compile(r":option:`(--[a-z-]+) <twistd popdrop (--[a-z-]+)>`")
 
-ELSEWHERE = {"--ssl-reqd", "--help-auth"}
+ELSEWHERE = {"--ssl-reqd"}
 """Options that the text names and that are curl's or another plugin's."""
 
 

@@ -343,10 +343,13 @@ def _descriptors(given: int, report: int) -> list[tuple[Any, ...]]:
 
     By number and not by name: another thread may open one meanwhile.
     """
-    highest = max(map(int, os.listdir("/proc/self/fd"))) + _MARGIN
-    return [
+    child: list[tuple[Any, ...]] = [
         (os.POSIX_SPAWN_OPEN, 0, os.devnull, os.O_RDONLY, 0),
         (os.POSIX_SPAWN_DUP2, report, 1),
         (os.POSIX_SPAWN_DUP2, given, 3),
-        *((os.POSIX_SPAWN_CLOSE, number) for number in range(4, highest)),
     ]
+    closing: Any = getattr(os, "POSIX_SPAWN_CLOSEFROM", None)  # Python 3.14
+    if closing is not None:
+        return [*child, (closing, 4)]
+    highest = max(map(int, os.listdir("/proc/self/fd"))) + _MARGIN
+    return child + [(os.POSIX_SPAWN_CLOSE, number) for number in range(4, highest)]
