@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -411,6 +412,23 @@ class EndTests(ProgramCase):
             while self._runs(pid):
                 self.assertLess(time.monotonic(), deadline, "still there")
                 time.sleep(0.01)
+
+    def test_cannot_be_killed(self) -> None:
+        """Set-uid root programs: no login waits for them, and they are waited for all the same."""
+
+        def refuse(pid: int, number: int) -> None:
+            raise PermissionError(1, "Operation not permitted")
+
+        gate = self.folder / "gate"
+        os.mkfifo(gate)
+        self.patch(os, "killpg", refuse)
+        backend = self.answering(f"open('{gate}').read()\n", limit=0.5)
+        self.refused(backend, self.GIVEN, TemporaryFailure)
+        with open(gate, "w"):
+            pass
+        waiting = [t for t in threading.enumerate() if t.name.startswith("popdrop-wait-")]
+        self.assertEqual(len(waiting), 1)
+        waiting[0].join(DEADLINE)
 
     def _runs(self, pid: str) -> bool:
         with contextlib.suppress(OSError):

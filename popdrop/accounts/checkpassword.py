@@ -304,7 +304,8 @@ def _end(pid: int) -> None:
         pass
     except PermissionError:
         # It has taken root's rights: it will end when it likes, and no login waits for it.
-        threading.Thread(target=os.waitpid, args=(pid, 0), daemon=True).start()
+        name = f"popdrop-wait-{pid}"
+        threading.Thread(target=os.waitpid, args=(pid, 0), name=name, daemon=True).start()
         return
     os.waitpid(pid, 0)
 

@@ -33,6 +33,7 @@ MOST_OCTETS: Final = 64 * 1024 * 1024
 _YOUNG: Final = 2.0  # seconds: file systems with whole seconds show two changes in one as one
 _SHADOW_FIELDS: Final = 9
 _DAY: Final = 86400
+_SAMPLE: Final = 1000  # hashes among which the commonest scheme is looked for
 _CANNOT: Final = "Accounts cannot be read now, try again later."
 
 
@@ -188,7 +189,7 @@ class PasswdFile:
         hashes = [line.hashed.reveal() for line in contents.lines.values()]
         contents.clear = any(foreign.plain(hashed) is not None for hashed in hashes)
         usable = [hashed for hashed in hashes if not foreign.is_locked(hashed)]
-        commonest = Counter(map(foreign.cost_of, usable)).most_common(1)
+        commonest = Counter(map(foreign.cost_of, usable[:_SAMPLE])).most_common(1)
         if commonest:
             # A real one of somebody else's: what comes of it is thrown away.
             contents.decoy = Secret(
