@@ -99,6 +99,10 @@ class Realm:
         for accounts in self._accounts:
             account = accounts.lookup(name)
             if account is not None:
+                # What the checker knows of him holds as well as what we do.
+                account = account._replace(
+                    disabled=account.disabled or reported.disabled, app=reported.scope
+                )
                 if account.uid is None:
                     account = account._replace(
                         uid=reported.uid,

@@ -2,6 +2,7 @@
 
 import json
 import os
+import poplib
 import pty
 import stat
 from ipaddress import ip_network
@@ -301,3 +302,37 @@ class LoginTests(SynchronousTestCase):
         self.assertEqual(client.stat()[0], 1)
         client.quit()
         server.stop()
+
+    def test_imported_hashes_log_in(self) -> None:
+        """By openssl(1) and htpasswd(1) of `myPassword`; the first login makes ours of them."""
+        folder = Folder(self)
+        hashes = {
+            "bob": "$6$saltsalt$REpTllT9/S/gg33eAxbXKSVehttBRbY4OJ0jTp669YR"
+            "EedbYCJp8tD90LctevwvdnnuZN0qTJQVuUqDzHImPf1",
+            "eve": "$apr1$r31.....$HqJZimcKQFAMYayBlzkrA/",
+            "mallory": "{SHA}VBPuJHI7uixaa6LQGWx4s+5GKNE=",
+        }
+        path = folder.path / "passwd"
+        path.write_text("".join(f"{name}:{hashed}\n" for name, hashed in hashes.items()))
+        words = ["user", "import", "--db", str(folder.accounts), str(path)]
+        result = CliRunner().invoke(popdrop, words)
+        self.assertEqual(result.exit_code, 0, result.output)
+        server = Twistd(self, folder, "--cleartext", "always")
+        for turn in range(2):
+            for name in hashes:
+                client = server.client()
+                client.user(name)
+                self.assertTrue(client.pass_("myPassword").startswith(b"+OK"), (turn, name))
+                client.quit()
+        client = server.client()
+        client.user("bob")
+        self.assertRaises(poplib.error_proto, client.pass_, "yourPassword")
+        client.close()
+        server.stop()
+        accounts = AccountsDatabase(str(folder.accounts))
+        self.addCleanup(accounts.close)
+        for name in hashes:
+            account = accounts.lookup(name.encode())
+            assert account is not None
+            self.assertTrue(Hasher().verify(account.password_hash, b"myPassword"))
+            self.assertFalse(account.lacks_scram)

@@ -21,6 +21,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 from zope.interface.interface import InterfaceClass
 
+from popdrop.accounts import foreign
 from popdrop.accounts.backends import INTERFACES
 from popdrop.accounts.rows import AppPassword
 from popdrop.accounts.secrets import Hasher
@@ -89,7 +90,7 @@ class AccountsChecker:
         key = self._key(account, credentials, password)
         good = key is not None and self._recent is not None and self._recent.holds(key)
         if not good:
-            good = await self._hash_pool.run(self._hasher.verify, hashed, password)
+            good = await self._hash_pool.run(self._matches, hashed, password, username)
         if account is None:
             raise NoSuchUser(FAILED)
         if hashed is None:
@@ -101,6 +102,12 @@ class AccountsChecker:
         if account.lacks_scram or self._hasher.is_outdated(hashed):
             self._afterwards(self._hash_pool, self._accounts.improve, account, Secret(password))
         return Verified(account)
+
+    def _matches(self, hashed: Secret | None, password: bytes, username: bytes) -> bool:
+        """An imported hash is verified as it is; the first good login makes our own of it."""
+        if hashed is None or hashed.reveal().startswith(b"$argon2id$"):
+            return self._hasher.verify(hashed, password)
+        return foreign.verify(hashed.reveal(), password, username)
 
     def _find(self, username: bytes, password: bytes) -> tuple[Account | None, AppPassword | None]:
         username = _prepared_or_raw(username)
