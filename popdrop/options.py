@@ -131,6 +131,7 @@ class Options(AuthOptionMixin, usage.Options):
             _seconds("takeover"),
         ],
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
+        ["popauth-socket", None, None, "Unix socket where users set their own APOP secret."],
         ["hostname", None, None, "This server's name. [the machine's]"],
     ]
     supportedInterfaces = (IUsernamePassword, IUsernameHashedPassword)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import gc
 import os
+import pwd
 import resource
 import signal
 import socket
@@ -33,7 +34,7 @@ from twisted.python.failure import Failure
 
 import popdrop
 from popdrop import certs, listeners, record, throttle
-from popdrop.accounts import backends, oidc
+from popdrop.accounts import backends, helperclient, oidc
 from popdrop.accounts.checkers import AccountsChecker, BackendChecker, Chain, Recent
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
 from popdrop.accounts.rosters import RosterFiles
@@ -170,6 +171,7 @@ class Popdrop(Service):
         self._demo: Demo | None = None
         self._keyring = certs.Keyring()
         self._databases: list[AccountsDatabase] = []
+        self._helper: helperclient.HelperProcess | None = None
         self._tidy: Callable[[], None] | None = None
         self._looking: LoopingCall | None = None
         self.hostname = options["hostname"] or machine_name()
@@ -281,9 +283,15 @@ class Popdrop(Service):
         self._system = SystemFacts()
         self._accounts: list[IAccounts] = []
         checkers: list[Any] = []
-        for text in self._options["auth"] or [self._default_accounts()]:
-            if text.partition(":")[0] == "accounts":
+        texts = self._options["auth"] or [self._default_accounts()]
+        self._helper = self._make_helper(texts)
+        helped = iter([] if self._helper is None else self._helper.checkers())
+        for text in texts:
+            kind = text.partition(":")[0]
+            if kind == "accounts":
                 checkers.append(self._accounts_checker(text))
+            elif kind == "helper":
+                checkers.append(next(helped))
             else:
                 checkers.append(self._foreign_checker(text))
         return checkers
@@ -305,6 +313,20 @@ class Popdrop(Service):
             database.can_apop,
             recent=Recent(seconds) if seconds else None,
         )
+
+    def _make_helper(self, auth: list[str]) -> helperclient.HelperProcess | None:
+        path = self._options["popauth-socket"]
+        accounts = next((text for text in auth if text.partition(":")[0] == "accounts"), None)
+        service = None
+        if path is not None:
+            if accounts is None:
+                raise ConfigError("--popauth-socket: there is no --auth accounts:FILE to change")
+            spec = parse("--auth", accounts)
+            database = os.path.realpath((spec.args and spec.args[0]) or self._default_database())
+            service = helperclient.SelfService(
+                path, database, spec.kwargs.get("key"), self._options["min-uid"]
+            )
+        return helperclient.from_options(auth, service)
 
     def _default_database(self) -> str:
         return os.path.join(self.state_dir, "accounts.db")
@@ -436,6 +458,8 @@ class Popdrop(Service):
             database.close()
         self._session_log.close()
         self._throttle.close()
+        if self._helper is not None:
+            self._helper.end_now()
         self._forget_demo()
 
     def privilegedStartService(self) -> None:
@@ -443,7 +467,25 @@ class Popdrop(Service):
         super().privilegedStartService()  # type: ignore[no-untyped-call]
         _allow_many_files()
         self._listen()
+        self._start_helper()
         self._hand_over()
+
+    def _start_helper(self) -> None:
+        """While the rights are there that it is to keep."""
+        if self._helper is None or self._helper.started:
+            return
+        parent: Any = self._options.parent or {}
+        uid, gid = parent.get("uid"), parent.get("gid")
+        if uid is None:
+            uid, gid = os.geteuid(), os.getegid()
+        elif gid is None:
+            gid = pwd.getpwuid(uid).pw_gid  # as twistd does
+        try:
+            self._helper.start(uid, gid)
+        except ConfigError as error:
+            self._let_go_of_ports()
+            log.error("{why}", why=str(error))
+            raise StartError(f"popdrop: {error}") from None
 
     def _listen(self) -> None:
         if self._ports:
@@ -531,6 +573,9 @@ class Popdrop(Service):
         """Serve."""
         super().startService()  # type: ignore[no-untyped-call]
         self._listen()
+        self._start_helper()
+        if self._helper is not None:
+            self._helper.attach(self._reactor)
         sys.setswitchinterval(SWITCH_SECONDS)
         # What is there now stays: no need to look through it again and again for garbage.
         gc.collect()
@@ -595,6 +640,8 @@ class Popdrop(Service):
         grace = self._options["grace"]
         stopping = [Deferred.fromCoroutine(factory.stop(grace)) for factory in self._factories]
         await gatherResults(stopping)
+        if self._helper is not None:
+            await self._helper.stop(self._reactor)
         for pool in self._pools:
             pool.stop()
         self.discard()

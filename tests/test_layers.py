@@ -25,7 +25,7 @@ _TABLE = """
 9   tap
 8   workers demo factory
 7   protocol realm options accounts.strcred
-6   inthreads legacy throttle record listeners accounts.checkers accounts.helper ops.*
+6   inthreads legacy throttle record listeners accounts.checkers ops.*
 6   stores.mbox.fsck
 6   accounts.oidc
 5   stores.mbox.store stores.mbox.keepsake stores.mbox.mend
@@ -46,6 +46,13 @@ _TABLE = """
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
 0   errors listing values places accounts.dbmfiles accounts.webclient
+6   accounts.helperclient
+5   accounts.selfservice accounts.helperslot
+4   accounts.helper
+3   accounts.doorman
+2   accounts.pace
+1   accounts.helperwire
+0   accounts.supervisor
 """
 """`a.*` stands for every module of `a` that has no rank of its own."""
 
