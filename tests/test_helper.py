@@ -423,7 +423,7 @@ class ProcessCase(TestCase):
 
 class ProcessTests(ProcessCase):
     async def test_logins(self) -> None:
-        """Known and unknown users, and every way to fail: the helper outlives all (CVE-2000-0990)."""
+        """Unknown users and every way to fail: the helper outlives all (CVE-2000-0990)."""
         self.start()
         below = self.pids()[1]
         verified = await self.login(b"bob", b"bob")

@@ -114,7 +114,7 @@ class HelperTests(SynchronousTestCase):
         return octets
 
     def test_rights(self) -> None:
-        """The network process has none and no way to any (CVE-2019-18862); the helper has root's."""
+        """The network process has none, and no way to any (CVE-2019-18862); the helper has."""
         server = self.serve()
         self.assertEqual(self.login().stat()[0], 1)
         self.assertEqual(self.refused("wrong"), b"-ERR [AUTH] Authentication failed.")
