@@ -20,6 +20,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
 from tests.end_to_end.harness import DEADLINE, Folder, Twistd, environment, mail
 
+PLAIN = "from twisted.scripts.twistd import run; run()"
 RUN = """
 import tests.helper_backends
 from popdrop.accounts import helper
@@ -35,7 +36,9 @@ class Helped(Twistd):
     def __init__(self, case: SynchronousTestCase, folder: Folder, *options: str, trace: str = ""):
         self.folder = folder
         self.dropped = None
-        command = [sys.executable, "-c", RUN, "-n", "--pidfile", ""]
+        # The tests' own backends, but where Popdrop's are what is tried.
+        code = RUN if any("helper:reads:" in option for option in options) else PLAIN
+        command = [sys.executable, "-c", code, "-n", "--pidfile", ""]
         if os.geteuid() == 0:
             self.dropped = pwd.getpwnam("games")[2:4]
             command += ["--uid", str(self.dropped[0]), "--gid", str(self.dropped[1])]
@@ -192,6 +195,15 @@ class HelperTests(SynchronousTestCase):
             for watch in watches:
                 self.assertTrue(select.select([watch], [], [], DEADLINE)[0])
                 os.close(watch)
+
+    def test_passwd_file(self) -> None:
+        """Popdrop's own checker behind `helper:`, with a file that is only root's."""
+        self.words.write_text("bob:{PLAIN}hunter2:4711:4711::/nonexistent:/bin/sh\n")
+        self.server = Helped(self, self.folder, "--auth", f"helper:passwd:{self.words}")
+        self.assertEqual(self.login("hunter2").stat()[0], 1)
+        self.assertEqual(self.refused("wrong"), b"-ERR [AUTH] Authentication failed.")
+        self.assertEqual(self.refused("wrong", "nobody"), b"-ERR [AUTH] Authentication failed.")
+        self.assertIn("reason=bad-credentials", self.server.stop())
 
     def test_a_start_that_fails(self) -> None:
         """One line that names the option; nothing stays behind."""
