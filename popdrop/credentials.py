@@ -18,7 +18,8 @@ from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from zope.interface import implementer
 
 from popdrop.errors import BadCredentials
-from popdrop.values import Secret
+from popdrop.interfaces import IBearerToken, IExternal, IScramCredentials
+from popdrop.values import ScramVerifier, Secret
 
 FAILED = "Authentication failed."
 """The one text of every failed login: it does not say which part was wrong (RFC 3206 4)."""
@@ -151,3 +152,151 @@ class ApopCredentials:
 
     def __reduce__(self) -> str | tuple[object, ...]:
         raise TypeError("credentials cannot be pickled")
+
+
+@final
+@implementer(IUsernameHashedPassword)
+class CramCredentials:
+    """A name and the HMAC-MD5 of a challenge under the shared secret (RFC 2195 section 2).
+
+    The secret is that of APOP, so checkers take both alike; one that hands the digest on to a
+    program must ask which it is. `challenge` is a msg-id, angle brackets included. `digest` is 32
+    hexadecimal digits in lower case.
+    """
+
+    __slots__ = ("_digest", "challenge", "username")
+
+    mechanism = "CRAM-MD5"
+
+    def __init__(self, username: bytes, challenge: bytes, digest: bytes) -> None:
+        self.username = username
+        self.challenge = challenge
+        self._digest = Secret(digest)
+
+    def checkPassword(self, password: bytes) -> bool:
+        """Whether the client knows the secret `password`, in constant time."""
+        expected = hmac.digest(password, self.challenge, "md5").hex()
+        return hmac.compare_digest(self._digest.reveal(), expected.encode("ascii"))
+
+    def proof(self, key: bytes) -> None:
+        """None: of the same secret each challenge makes another digest."""
+
+    def __repr__(self) -> str:
+        return "<CramCredentials>"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("credentials cannot be pickled")
+
+
+_HASHES = {"SHA-1": "sha1", "SHA-256": "sha256"}
+"""Those of SCRAM (RFC 5802, RFC 7677), by hashlib's names."""
+
+
+@final
+@implementer(IScramCredentials)
+class ScramCredentials:
+    """A name and the proof that the client knows the password (RFC 5802 section 3).
+
+    `algorithm` is `SHA-1` or `SHA-256`. `auth_message` is AuthMessage of the RFC: all that both
+    sides have said, with the nonces and the channel binding. The proof is as long as the hash.
+    """
+
+    __slots__ = ("_auth_message", "_proof", "algorithm", "mechanism", "username")
+
+    def __init__(
+        self, username: bytes, mechanism: str, algorithm: str, auth_message: bytes, proof: bytes
+    ) -> None:
+        self.username = username
+        self.mechanism = mechanism
+        self.algorithm = algorithm
+        self._auth_message = Secret(auth_message)
+        self._proof = Secret(proof)
+
+    def check(self, verifier: ScramVerifier) -> bool:
+        """Whether this is the proof of the password that `verifier` was made of."""
+        name = _HASHES[self.algorithm]
+        stored = verifier.stored_key.reveal()
+        signature = hmac.digest(stored, self._auth_message.reveal(), name)
+        shown = self._proof.reveal()
+        key = bytes(a ^ b for a, b in zip(shown, signature, strict=False))
+        hashed = hashlib.new(name, key, usedforsecurity=False).digest()
+        return len(shown) == len(signature) and hmac.compare_digest(hashed, stored)
+
+    def answer(self, verifier: ScramVerifier) -> bytes:
+        """ServerSignature: the server's own proof that it knows the verifier."""
+        server = verifier.server_key.reveal()
+        return hmac.digest(server, self._auth_message.reveal(), _HASHES[self.algorithm])
+
+    def proof(self, key: bytes) -> None:
+        """None: of the same password each nonce makes another proof."""
+
+    def __repr__(self) -> str:
+        return f"<ScramCredentials by {self.mechanism}>"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("credentials cannot be pickled")
+
+
+@final
+@implementer(IBearerToken)
+class BearerToken:
+    """A name and a token: of OAUTHBEARER (RFC 7628), or of XOAUTH2, which Google has made.
+
+    The name may be empty: then it is the token's.
+    """
+
+    __slots__ = ("_token", "mechanism", "username")
+
+    def __init__(self, username: bytes, token: bytes, mechanism: str = "OAUTHBEARER") -> None:
+        self.username = username
+        self.mechanism = mechanism
+        self._token = Secret(token)
+
+    @property
+    def token(self) -> bytes:
+        """For checkers. Never log it."""
+        return self._token.reveal()
+
+    def proof(self, key: bytes) -> bytes:
+        """A MAC of name and token."""
+        return _proof(key, self.username, self._token.reveal())
+
+    def __repr__(self) -> str:
+        return f"<BearerToken by {self.mechanism}>"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("credentials cannot be pickled")
+
+
+@final
+@implementer(IExternal)
+class ExternalCredentials:
+    """The name in a client certificate that TLS has verified (RFC 4422 appendix A)."""
+
+    __slots__ = ("username",)
+
+    mechanism = "EXTERNAL"
+
+    def __init__(self, username: bytes) -> None:
+        self.username = username
+
+    def proof(self, key: bytes) -> bytes:
+        """A MAC of the name."""
+        return _proof(key, self.username, b"")
+
+    def __repr__(self) -> str:
+        return "<ExternalCredentials>"
+
+    def __reduce__(self) -> str | tuple[object, ...]:
+        raise TypeError("credentials cannot be pickled")
+
+
+Credentials = (
+    Cleartext
+    | ApopCredentials
+    | CramCredentials
+    | ScramCredentials
+    | BearerToken
+    | ExternalCredentials
+)
+"""All that a session may ask a checker to verify."""

@@ -11,7 +11,7 @@ from twisted.internet.interfaces import IAddress, IReactorTime
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import deferLater
 
-from popdrop.interfaces import ISessionLog, IThrottle
+from popdrop.interfaces import IAnswers, ISessionLog, IThrottle
 from popdrop.policy import Policy, Timing
 from popdrop.protocol import POP3Protocol
 
@@ -27,7 +27,8 @@ class POP3Factory(ServerFactory):
     `tls` is the context factory of STLS, `None` without it. `proof_key` is a random key of this
     process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
     yields to a new one of its account. `holders` are the logged-in sessions by account, over all
-    listeners of a service.
+    listeners of a service. `answers` are the accounts, for mechanisms that ask before the login;
+    `None` where no such mechanism is offered.
     """
 
     protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
@@ -49,8 +50,10 @@ class POP3Factory(ServerFactory):
         proof_key: bytes = b"",
         takeover: float = 0.0,
         holders: dict[bytes, POP3Protocol] | None = None,
+        answers: IAnswers | None = None,
     ) -> None:
         self.portal = portal
+        self.answers = answers
         self.policy = policy
         self.throttle = throttle
         self.session_log = session_log
@@ -82,11 +85,18 @@ class POP3Factory(ServerFactory):
         """A msg-id of 128 random bits (RFC 1939 section 7), `b""` where no checker does APOP."""
         if not self.policy.apop:
             return b""
+        stamp = f"<{self._fresh()}.{int(self.clock.seconds())}@{self.policy.hostname}>"
+        return stamp.encode("ascii", "replace")
+
+    def nonce(self) -> bytes:
+        """128 random bits as hexadecimal digits, for SCRAM and CRAM-MD5."""
+        return self._fresh().encode("ascii")
+
+    def _fresh(self) -> str:
         if len(self._random) < CHALLENGE_OCTETS:
             self._random = secrets.token_bytes(256 * CHALLENGE_OCTETS)
         octets, self._random = self._random[:CHALLENGE_OCTETS], self._random[CHALLENGE_OCTETS:]
-        stamp = f"<{octets.hex()}.{int(self.clock.seconds())}@{self.policy.hostname}>"
-        return stamp.encode("ascii", "replace")
+        return octets.hex()
 
     def forget(self, protocol: POP3Protocol) -> None:
         """A connection is gone."""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 
     from popdrop.accounts.rows import AppPassword
     from popdrop.listing import Listing
+    from popdrop.sasl import Query
     from popdrop.values import Account, Owner, ScramVerifier, Secret, SessionRecord, Source
 
 
@@ -164,6 +165,13 @@ class IScramAccounts(Interface):
         For a name without an account, or an account without a verifier, a made-up one, always the
         same for the same name, which no password satisfies: the challenge must not tell who exists.
         """
+
+
+class IAnswers(Interface):
+    """The accounts, as sessions may ask them before anybody has logged in."""
+
+    def answer(query: Query) -> Awaitable[object]:
+        """What its docstring promises. Raises `TemporaryFailure`."""
 
 
 class IBackend(Interface):

@@ -15,6 +15,7 @@ from twisted.python import usage
 import popdrop
 from popdrop.inthreads import LOCK_TIMEOUT
 from popdrop.policy import APOP_USERS, CLEARTEXT, STLS, WORDINGS
+from popdrop.sasl import MECHANISMS
 
 SHORTEST_IDLE: Final = 600
 """Seconds, RFC 1939 section 3."""
@@ -44,6 +45,21 @@ def _seconds(option: str) -> Callable[[str], float]:
         return float(text)
 
     return known
+
+
+def _mechanisms(text: str) -> tuple[bytes, ...]:
+    """The mechanisms of `--sasl`, in upper case and in this order."""
+    if text.lower() == "none":
+        return ()
+    words = [word.strip().upper() for word in text.split(",")]
+    known = [name.decode("ascii") for name in MECHANISMS]
+    unknown = sorted(set(words).difference(known))
+    if unknown:
+        raise ValueError(
+            f"--sasl {text}: unknown: {', '.join(word or '(nothing)' for word in unknown)};"
+            f" known are {', '.join(known)}; or none"
+        )
+    return tuple(word.encode("ascii") for word in dict.fromkeys(words))
 
 
 def _number(option: str) -> Callable[[str], int]:
@@ -106,6 +122,13 @@ class Options(AuthOptionMixin, usage.Options):
             "Seconds for which a good password need not be hashed again; 0: never.",
             _seconds("login-cache"),
         ],
+            "sasl",
+            None,
+            None,
+            "Mechanisms of AUTH, with commas between, as CAPA is to list them. [all possible]",
+            _mechanisms,
+        ],
+        ["client-ca", None, None, "PEM file: client certificates that it signed may log in."],
         ["min-uid", None, 11, "System accounts below are refused.", _number("min-uid")],
         [
             "throttle",

@@ -80,7 +80,8 @@ class Policy:
     `folding`    what is done to names
     `stls`       one of `STLS`; `off` too where no certificate is configured
     `apop`       whether a checker can verify APOP: no challenge in the greeting otherwise
-    `mechanisms` SASL mechanisms in the order of CAPA, upper case
+    `mechanisms` SASL mechanisms that may be tried at all, in the order of CAPA, upper case
+    `hidden`     those of them that CAPA does not tell of
     `local`      networks that count as local, for `cleartext` `local` and `tls`
     `min_uid`    system accounts with a lower uid are refused by every mechanism (qpopper: 10 and
                  lower are blocked); 0 is refused always
@@ -94,6 +95,7 @@ class Policy:
     stls: str = "off"
     apop: bool = True
     mechanisms: tuple[bytes, ...] = (b"PLAIN",)
+    hidden: frozenset[bytes] = frozenset()
     local: tuple[Network, ...] = LOOPBACK
     min_uid: int = 11
     hostname: str = "localhost"
@@ -193,6 +195,29 @@ def cleartext_is_open(policy: Policy, secured: bool, peer: PeerFacts | None) -> 
 def apop_accounts_are_refused(policy: Policy) -> bool:
     """Whether cleartext is refused to accounts with an APOP secret (qpopper; decision 23)."""
     return policy.cleartext != "always" and policy.apop_users != "allow"
+
+
+def mechanism_is_open(
+    policy: Policy, mechanism: bytes, secured: bool, peer: PeerFacts | None
+) -> bool:
+    """Whether one of `policy.mechanisms` may be tried on this connection now.
+
+    Channel binding needs TLS that ends here. EXTERNAL needs a certificate with a name: one without
+    would log in as anybody (CVE-2019-3814). Whoever reads a bearer token may use it until it
+    expires, so RFC 7628 section 4 wants TLS. PLAIN and LOGIN are cleartext as USER/PASS are; all
+    others never show a secret.
+    """
+    if tls_is_missing(policy, secured):
+        return False
+    if mechanism in (b"PLAIN", b"LOGIN"):
+        return cleartext_is_open(policy, secured, peer)
+    if mechanism in (b"OAUTHBEARER", b"XOAUTH2"):
+        return secured or is_local(policy, peer)
+    if mechanism == b"EXTERNAL":
+        return secured and peer is not None and bool(peer.certificate_name)
+    if mechanism.endswith(b"-PLUS"):
+        return secured and peer is not None and bool(peer.bindings)
+    return True
 
 
 def account_refusal(

@@ -12,7 +12,6 @@ from __future__ import annotations
 import secrets
 import typing
 from collections.abc import Coroutine, Iterator
-from dataclasses import replace
 from typing import Any, Final, cast
 
 from OpenSSL.SSL import Error as TLSError
@@ -36,12 +35,14 @@ from zope.interface import implementer
 
 from popdrop import legacy
 from popdrop.certs import tls_facts
-from popdrop.credentials import FAILED, ApopCredentials, Cleartext
+from popdrop.credentials import FAILED, Cleartext, Credentials
 from popdrop.errors import BadCredentials, PopdropError, TemporaryFailure
-from popdrop.interfaces import IMaildrop, ISessionLog, IThrottle
+from popdrop.interfaces import IAnswers, IMaildrop, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
 from popdrop.policy import Mind, Policy, Timing
+from popdrop.sasl import Query
 from popdrop.session import (
+    Ask,
     Commit,
     Fetch,
     Hangup,
@@ -92,6 +93,7 @@ class Home(typing.Protocol):
     """What a connection needs of its factory (`factory.POP3Factory` says what each is)."""
 
     portal: Portal
+    answers: IAnswers | None
     policy: Policy
     throttle: IThrottle
     session_log: ISessionLog
@@ -113,6 +115,9 @@ class Home(typing.Protocol):
 
     def challenge(self) -> bytes:
         """A fresh APOP challenge, `b""` where APOP is off."""
+
+    def nonce(self) -> bytes:
+        """128 fresh random bits, as hexadecimal digits."""
 
     def forget(self, protocol: POP3Protocol) -> None:
         """A connection is gone."""
@@ -161,7 +166,9 @@ class POP3Protocol(Protocol):
         self._born = self._progress = factory.clock.seconds()
         # Behind a proxy the address is the proxy's until its header has come.
         self._address = self.transport.getPeer() if factory.trusted_address else NOBODY
-        self._session = Session(factory.challenge(), factory.policy, factory.implicit_tls)
+        self._session = Session(
+            factory.challenge(), factory.policy, factory.implicit_tls, factory.nonce
+        )
         self._timer = factory.clock.callLater(factory.timing.login, self._tick)
         factory.protocols.add(self)
         if factory.stopping or not self._admit():
@@ -203,8 +210,7 @@ class POP3Protocol(Protocol):
         peer = transport.getPeer()
         facts = peer_facts(peer, self.factory.local(transport), self.factory.trusted_address)
         if self._session.secured:
-            version, cipher = tls_facts(transport)
-            facts = replace(facts, tls_version=version, tls_cipher=cipher)
+            facts = tls_facts(transport, facts)
         self._facts = facts
         self._session.met(self._facts)
         if self._address is NOBODY and facts.address is not None:
@@ -477,6 +483,8 @@ class POP3Protocol(Protocol):
                 self._begin(out, self._login(result.credentials))
             case Measure() | Identify():
                 self._begin(out, self._learn(result))
+            case Ask():
+                self._begin(out, self._ask(result.query))
             case Commit():
                 seen = result.seen and cast("IMaildrop", self._drop).wants_seen
                 if result.deleted or seen or not self._leave(out):
@@ -654,7 +662,30 @@ class POP3Protocol(Protocol):
 
     # Login
 
-    async def _login(self, credentials: ApopCredentials | Cleartext) -> None:
+    async def _ask(self, query: Query) -> None:
+        try:
+            if self.factory.answers is None:
+                raise RuntimeError("a mechanism is offered that asks the accounts; there are none")
+            answer = await self.factory.answers.answer(query)
+        except PopdropError as refusal:
+            error = refusal
+        except CancelledError:
+            raise
+        except Exception:
+            error = internal_error("asking the accounts")
+        else:
+            self._learned = self._session.told(answer)
+            return
+        log.error(
+            "{peer}: accounts: {text} {detail}",
+            peer=self._host(),
+            text=error.text,
+            detail=error.detail,
+        )
+        self._record("failure", error.word)
+        self._learned = self._session.refused(error)
+
+    async def _login(self, credentials: Credentials) -> None:
         clock, throttle = self.factory.clock, self.factory.throttle
         received = clock.seconds()
         # Where no failure is ever delayed, none need be recognised.
@@ -709,7 +740,7 @@ class POP3Protocol(Protocol):
         else:
             self.transport.write(answer)
 
-    async def _opened(self, credentials: ApopCredentials | Cleartext) -> IMaildrop:
+    async def _opened(self, credentials: Credentials) -> IMaildrop:
         mind = Mind(
             self.factory.policy,
             isinstance(credentials, Cleartext),

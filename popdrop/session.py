@@ -18,11 +18,21 @@ from functools import partial
 from typing import Final
 
 from popdrop import policy as rules
-from popdrop.credentials import ApopCredentials, Cleartext
+from popdrop.credentials import ApopCredentials, Cleartext, Credentials
 from popdrop.errors import BadCredentials, PopdropError
 from popdrop.listing import Listing
 from popdrop.policy import Policy
-from popdrop.sasl import CLEARTEXT_MECHANISMS, MECHANISMS, Exchange, decoded, encoded
+from popdrop.sasl import (
+    MECHANISMS,
+    Exchange,
+    Query,
+    Refused,
+    ScramQuery,
+    Step,
+    Surroundings,
+    decoded,
+    encoded,
+)
 from popdrop.values import PeerFacts, Tally
 from popdrop.wire import COMMAND_LIMIT, SASL_LIMIT, Overlong, has_control, number
 
@@ -30,6 +40,8 @@ BAD_BEFORE_LOGIN: Final = 10
 """Unknown or malformed commands in AUTHORIZATION until the session is closed."""
 BAD_IN_ALL: Final = 20
 """The same in the whole session; Dovecot has 20."""
+QUESTIONS: Final = 10
+"""Questions to the accounts until the session is closed: look-ups that no throttle sees."""
 FAILED_LOGINS: Final = 4
 """Failed logins until the session is closed: enough for a client that falls back from APOP."""
 
@@ -54,7 +66,14 @@ class State(enum.Enum):
 class Login:
     """Verify these credentials and open the maildrop. Answered by `opened` or `refused`."""
 
-    credentials: ApopCredentials | Cleartext
+    credentials: Credentials
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """Put a question to the accounts. Answered by `told`, or `refused` if they cannot be read."""
+
+    query: Query
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +129,7 @@ class Refusal:
 
 
 Reply = bytes | Iterator[bytes]
-Effect = Login | Measure | Identify | Fetch | Commit | StartTLS | Hangup
+Effect = Login | Ask | Measure | Identify | Fetch | Commit | StartTLS | Hangup
 Result = Reply | Refusal | Effect
 
 
@@ -138,19 +157,36 @@ class Command:
     capability: Callable[[Session], str] | None = None
 
 
-class Session:
-    """One session. `challenge` is the APOP challenge, `b""` where APOP is off."""
+def _no_nonce() -> bytes:
+    raise RuntimeError("this session was given no nonces")
 
-    def __init__(self, challenge: bytes, policy: Policy, secured: bool) -> None:
+
+class Session:
+    """One session. `challenge` is the APOP challenge, `b""` where APOP is off.
+
+    `nonce` gives 128 random bits as hexadecimal digits, others at each call.
+    """
+
+    def __init__(
+        self,
+        challenge: bytes,
+        policy: Policy,
+        secured: bool,
+        nonce: Callable[[], bytes] = _no_nonce,
+    ) -> None:
         self._challenge = challenge
         self._policy = policy
         self._secured = secured
+        self._nonce = nonce
         self._peer: PeerFacts | None = None
         self._state = State.AUTHORIZATION
         self._first = True
         self._bad = 0
         self._failures = 0
         self._exchange: Exchange | None = None
+        self._asking: Exchange | None = None
+        self._questions = 0
+        self._error_challenge: bytes | None = None
         self._named = False
         self._waiting: Callable[[], Result] | None = None
         self._listing = _EMPTY
@@ -236,10 +272,26 @@ class Session:
         name = self._speakable(b"maildrop")
         return b"+OK %s has %d message(s) (%d octets).\r\n" % (name, len(listing), listing.octets)
 
+    def told(self, answer: object) -> Result:
+        """The answer to `Ask`: the exchange that waited for it goes on."""
+        exchange, self._asking = self._asking, None
+        if exchange is None:
+            raise RuntimeError("nothing was asked")
+        return self._advance(exchange, partial(exchange.told, answer))
+
     def refused(self, error: PopdropError) -> bytes | Hangup:
-        """The login failed. Bad credentials count, temporary trouble does not."""
+        """The login failed, or a question. Bad credentials count, temporary trouble does not.
+
+        Bearer tokens are refused by a challenge (RFC 7628 section 3.2.2), and the reply follows the
+        client's answer.
+        """
+        self._asking = None
+        challenge, self._error_challenge = self._error_challenge, None
         reply = error.line() + b"\r\n"
         if isinstance(error, BadCredentials):
+            if challenge is not None:
+                self._exchange = Refused(error)
+                return encoded(challenge)
             self._failures += 1
             if self._failures >= FAILED_LOGINS:
                 return Hangup(reply, "too-many-failures")
@@ -364,20 +416,22 @@ class Session:
         self._named = False
         return self._log_in(ApopCredentials(name, self._challenge, digest))
 
-    def _log_in(self, credentials: ApopCredentials | Cleartext) -> Login:
+    def _log_in(self, credentials: Credentials) -> Login:
         """`user` stays as the client gave it, for the log; the account's name is another matter."""
-        credentials.username = self._policy.folding(credentials.username)
+        if credentials.username:  # a bearer token may bring its own
+            credentials.username = self._policy.folding(credentials.username)
         if isinstance(credentials, Cleartext) and self._peer is not None:
             trusted = self._peer.address if self._peer.address_trusted else None
             credentials.client = trusted or ""
         return Login(credentials)
 
     def _mechanisms(self) -> list[bytes]:
-        """Those that may be tried now."""
-        if rules.tls_is_missing(self._policy, self._secured):
-            return []
-        cleartext = self._cleartext_is_open()
-        return [m for m in self._policy.mechanisms if cleartext or m not in CLEARTEXT_MECHANISMS]
+        """Those that are offered now."""
+        policy = self._policy
+        return [m for m in policy.mechanisms if m not in policy.hidden and self._is_open(m)]
+
+    def _is_open(self, mechanism: bytes) -> bool:
+        return rules.mechanism_is_open(self._policy, mechanism, self._secured, self._peer)
 
     def _do_auth(self, *arguments: bytes) -> Result:
         if not arguments:
@@ -386,39 +440,55 @@ class Session:
         name = arguments[0].upper()
         if name not in self._policy.mechanisms or name not in MECHANISMS:
             return b"-ERR unsupported mechanism\r\n"
-        if name not in self._mechanisms():
-            return self._cleartext_refusal()
+        if not self._is_open(name):
+            if name in (b"PLAIN", b"LOGIN"):
+                return self._cleartext_refusal()
+            return b"-ERR this mechanism is not available on this connection\r\n"
         self._named = False
-        self._exchange = MECHANISMS[name]()
+        around = Surroundings(
+            self._nonce,
+            self._policy.hostname,
+            self._peer or PeerFacts(),
+            any(m.endswith(b"-PLUS") and self._is_open(m) for m in self._policy.mechanisms),
+        )
+        exchange = MECHANISMS[name](name.decode("ascii"), around)
         if len(arguments) == 1:
-            return self._advance(None)
-        return self._advance(b"") if arguments[1] == b"=" else self._response(arguments[1])
+            return self._advance(exchange, partial(exchange.step, None))
+        self._exchange = exchange
+        return self._response(b"" if arguments[1] == b"=" else arguments[1])
 
     def _response(self, line: bytes) -> Result:
+        exchange, self._exchange = self._exchange, None
+        if exchange is None:
+            raise RuntimeError("no exchange is in progress")
+        if isinstance(exchange, Refused):
+            return self.refused(exchange.error)
         if line == b"*":
-            self._exchange = None
             return b"-ERR authentication cancelled\r\n"
         try:
             response = decoded(line)
         except BadCredentials:
-            self._exchange = None
             return self._malformed("invalid base64")
-        return self._advance(response)
+        return self._advance(exchange, partial(exchange.step, response))
 
-    def _advance(self, response: bytes | None) -> Result:
-        exchange, self._exchange = self._exchange, None
-        if exchange is None:
-            raise RuntimeError("no exchange is in progress")
+    def _advance(self, exchange: Exchange, go_on: Callable[[], Step]) -> Result:
         try:
-            outcome = exchange.step(response)
+            step = go_on()
         except BadCredentials as error:
             answer = self.refused(error)
             return Refusal(answer, "malformed-response") if isinstance(answer, bytes) else answer
-        if isinstance(outcome, bytes):
+        if isinstance(step, bytes):
             self._exchange = exchange
-            return encoded(outcome)
-        self.user = outcome.username
-        return self._log_in(outcome)
+            return encoded(step)
+        self.user = step.username
+        if isinstance(step, ScramQuery):
+            self._questions += 1
+            if self._questions > QUESTIONS:
+                return Hangup(b"-ERR too many exchanges\r\n", "too-many-exchanges")
+            self._asking = exchange
+            return Ask(ScramQuery(self._policy.folding(step.username), step.algorithm))
+        self._error_challenge = exchange.error_challenge
+        return self._log_in(step)
 
     def _do_stls(self) -> Result:
         if self._secured:

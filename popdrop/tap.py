@@ -35,19 +35,34 @@ from twisted.python.failure import Failure
 import popdrop
 from popdrop import certs, listeners, record, throttle
 from popdrop.accounts import backends, helperclient, oidc
-from popdrop.accounts.checkers import AccountsChecker, BackendChecker, Chain, Recent
+from popdrop.accounts.checkers import (
+    AccountsChecker,
+    Answers,
+    BackendChecker,
+    Chain,
+    Recent,
+)
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
 from popdrop.accounts.rosters import RosterFiles
 from popdrop.demo import Demo
 from popdrop.errors import ConfigError
 from popdrop.factory import POP3Factory
-from popdrop.interfaces import IAccounts, IBlockingStore, IStore, IStoreFactory
+from popdrop.interfaces import (
+    IAccounts,
+    IBearerToken,
+    IBlockingStore,
+    IExternal,
+    IScramCredentials,
+    IStore,
+    IStoreFactory,
+)
 from popdrop.inthreads import InThreads
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
 from popdrop.policy import LOOPBACK, Policy, Timing, folding, network
 from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
+from popdrop.sasl import MECHANISMS
 from popdrop.spec import parse, quoted
 from popdrop.threads import Pool
 
@@ -68,6 +83,10 @@ SWITCH_SECONDS: Final = 0.001
 interval is 5 ms, and a turn of the reactor may have to wait for it several times."""
 LOOK_EVERY: Final = 1.0
 """Seconds until the modes of the accounts database are looked at again: 17 us a look."""
+HIDDEN: Final = frozenset({b"CRAM-MD5", b"LOGIN"})
+"""Mechanisms that CAPA tells of only when `--sasl` names them. LOGIN is PLAIN in worse words. Only
+accounts with an APOP secret can use CRAM-MD5, and clients that see it (curl, fetchmail) then try
+nothing else."""
 HASH_THREADS: Final = 2
 """Argon2 hashes in flight: 19 MiB and a core each."""
 HASH_NICE: Final = 10
@@ -104,6 +123,18 @@ def makeService(options: Options) -> Popdrop:
         return Popdrop(options, reactor)
     except ConfigError as error:
         raise SystemExit(f"popdrop: {error}") from None
+
+
+def _credentials_of(mechanism: bytes) -> Any:
+    """The interface of the credentials that a SASL mechanism ends in."""
+    if mechanism.startswith(b"SCRAM-"):
+        return IScramCredentials
+    return {
+        b"EXTERNAL": IExternal,
+        b"OAUTHBEARER": IBearerToken,
+        b"XOAUTH2": IBearerToken,
+        b"CRAM-MD5": IUsernameHashedPassword,
+    }.get(mechanism, IUsernamePassword)
 
 
 def _is_local(listener: listeners.Listener) -> bool:
@@ -169,7 +200,7 @@ class Popdrop(Service):
         self._pools: list[Pool] = []
         self._listeners: list[listeners.Listener] = []
         self._demo: Demo | None = None
-        self._keyring = certs.Keyring()
+        self._keyring = certs.Keyring(options["client-ca"])
         self._databases: list[AccountsDatabase] = []
         self._helper: helperclient.HelperProcess | None = None
         self._tidy: Callable[[], None] | None = None
@@ -201,7 +232,7 @@ class Popdrop(Service):
         chain = checkers[0] if len(checkers) == 1 else Chain(checkers)
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
         apop = self._offers_apop(kinds)
-        policy = self._policy(apop, tls is not None)
+        policy = self._policy(apop, tls is not None, self._mechanisms(kinds))
         self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
         self._session_log = record.Several(logs)
@@ -220,6 +251,7 @@ class Popdrop(Service):
         portal.registerChecker(cast("ICredentialsChecker", chain), *kinds)
         timing = Timing(options["login-timeout"], options["idle-timeout"])
         holders: dict[bytes, POP3Protocol] = {}
+        answers = Answers([d for d in self._databases if d.can_apop], self._lookup_pool)
         for listener in self._parsed_listeners():
             self._listeners.append(listener)
             without_stls = listener.implicit_tls or listener.scheme == "stdio"
@@ -238,6 +270,7 @@ class Popdrop(Service):
                     proof_key=self._throttle.proof_key,
                     takeover=options["takeover"],
                     holders=holders,
+                    answers=answers,
                 )
             )
         self._refuse_root()
@@ -262,7 +295,23 @@ class Popdrop(Service):
         self._pools.append(pool)
         return pool
 
-    def _policy(self, apop: bool, can_stls: bool) -> Policy:
+    def _mechanisms(self, kinds: set[Any]) -> tuple[bytes, ...]:
+        """Those of `--sasl`, else all that a checker can verify, the strongest first."""
+        if self._options["apop-only"]:
+            return ()
+        possible = [name for name in MECHANISMS if _credentials_of(name) in kinds]
+        if self._options["client-ca"] is None and b"EXTERNAL" in possible:
+            possible.remove(b"EXTERNAL")
+        wanted: tuple[bytes, ...] | None = self._options["sasl"]
+        for name in wanted or ():
+            if name not in possible:
+                needs = (
+                    "--client-ca FILE" if name == b"EXTERNAL" else "an --auth that can verify it"
+                )
+                raise ConfigError(f"--sasl {name.decode('ascii')}: needs {needs}; or leave it out")
+        return tuple(possible) if wanted is None else wanted
+
+    def _policy(self, apop: bool, can_stls: bool, mechanisms: tuple[bytes, ...]) -> Policy:
         options = self._options
         only = bool(options["apop-only"])
         return Policy(
@@ -272,7 +321,8 @@ class Popdrop(Service):
             folding=folding("--user-names", options["user-names"]),
             stls=options["stls"] if can_stls else "off",
             apop=apop,
-            mechanisms=() if only else (b"PLAIN",),
+            mechanisms=mechanisms,
+            hidden=HIDDEN if options["sasl"] is None else frozenset(),
             local=LOOPBACK + tuple(network("--local-net", t) for t in options["local-net"]),
             min_uid=options["min-uid"],
             hostname=self.hostname,

@@ -28,6 +28,7 @@ from zope.interface.verify import verifyObject
 from popdrop import certs
 from popdrop.certs import Certificates, Keyring, self_made, tls_facts
 from popdrop.errors import ConfigError
+from popdrop.values import PeerFacts
 
 AUTHORITY = trustme.CA()
 TIMEOUT = 20
@@ -476,7 +477,8 @@ class Talker(Protocol):
             self.transport.write(b"+OK begin\r\n")
             self.transport.startTLS(self.factory.certificates)
         else:
-            self.transport.write(f"{tls_facts(self.transport)}\r\n".encode())
+            facts = tls_facts(self.transport, PeerFacts())
+            self.transport.write(f"{(facts.tls_version, facts.tls_cipher)}\r\n".encode())
 
 
 class SocketCase(TestCase):
@@ -645,5 +647,6 @@ class RobustnessTests(SocketCase):
         certbot(os.path.join(self.folder, "c"), "c.example")
         connection = Certificates(self.folder).serverConnectionForTLS(None)
         connection.set_accept_state()
-        self.assertEqual(tls_facts(mock.Mock(getHandle=lambda: connection)), (None, None))
-        self.assertEqual(tls_facts(object()), (None, None))
+        facts = PeerFacts("192.0.2.1")
+        self.assertIs(tls_facts(mock.Mock(getHandle=lambda: connection), facts), facts)
+        self.assertIs(tls_facts(object(), facts), facts)

@@ -37,6 +37,7 @@ from popdrop.errors import (
     NoVerifierOfThisKind,
     TemporaryFailure,
 )
+from popdrop.interfaces import IExternal, IScramCredentials
 from popdrop.values import Account, Scope, Secret, Verified
 
 CHALLENGE = b"<1896.697170952@dbc.mtview.ca.us>"
@@ -245,9 +246,10 @@ class AccountsCheckerTests(CheckerCase):
     def test_interfaces(self) -> None:
         verifyObject(ICredentialsChecker, self.checker)
         self.assertEqual(
-            set(self.checker.credentialInterfaces), {IUsernamePassword, IUsernameHashedPassword}
+            set(self.checker.credentialInterfaces),
+            {IUsernamePassword, IUsernameHashedPassword, IExternal, IScramCredentials},
         )
-        self.assertEqual(list(self.make(False).credentialInterfaces), [IUsernamePassword])
+        self.assertEqual(set(self.make(False).credentialInterfaces), {IUsernamePassword, IExternal})
 
     def test_missing_database(self) -> None:
         self.assertRaises(ConfigError, AccountsDatabase, self.path + ".missing")

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable
 from hashlib import blake2b
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
@@ -27,9 +27,16 @@ from popdrop.accounts.rows import AppPassword
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, prepared
 from popdrop.errors import BadCredentials, NoSuchUser, NoVerifierOfThisKind, TemporaryFailure
-from popdrop.interfaces import IAccounts
+from popdrop.interfaces import (
+    IAccounts,
+    IAnswers,
+    IExternal,
+    IScramAccounts,
+    IScramCredentials,
+)
+from popdrop.sasl import Query
 from popdrop.threads import Pool
-from popdrop.values import Account, Secret, Verified, client_network
+from popdrop.values import Account, ScramVerifier, Secret, Verified, client_network
 
 log = Logger()
 
@@ -42,8 +49,9 @@ _DECOY = b"\0" * 16
 class AccountsChecker:
     """Verifies against `accounts`. Unknown users cost what known ones do.
 
-    `lookup_pool` does the look-ups, and APOP verification with them; `hash_pool` the Argon2 hashes:
-    its number of threads is the cap on hashes in flight. `can_apop`: whether APOP is offered.
+    `lookup_pool` does the look-ups, and with them all verification but of passwords; `hash_pool`
+    the Argon2 hashes: its number of threads is the cap on hashes in flight. `can_apop`: whether
+    the sealed verifiers can be opened, without which there is no APOP, CRAM-MD5 and SCRAM.
     `recent` remembers logins by password that were good, `None`: none. `clock` is in seconds since
     the epoch.
     """
@@ -64,9 +72,12 @@ class AccountsChecker:
         self._lookup_pool = lookup_pool
         self._hash_pool = hash_pool
         self._hasher = hasher if hasher is not None else Hasher()
-        self.credentialInterfaces: tuple[InterfaceClass, ...] = (
-            (IUsernamePassword, IUsernameHashedPassword) if can_apop else (IUsernamePassword,)
-        )
+        kinds: list[InterfaceClass] = [IUsernamePassword, IExternal]
+        if can_apop:
+            kinds.append(IUsernameHashedPassword)
+        if can_apop and IScramAccounts.providedBy(accounts):
+            kinds.append(IScramCredentials)
+        self.credentialInterfaces: tuple[InterfaceClass, ...] = tuple(kinds)
 
     def requestAvatarId(self, credentials: Any) -> Deferred[Any]:
         """Fires with `Verified`.
@@ -75,7 +86,11 @@ class AccountsChecker:
         """
         if IUsernamePassword.providedBy(credentials):
             return Deferred.fromCoroutine(self._by_password(credentials))
-        return self._lookup_pool.run(self._by_digest, credentials)
+        if IUsernameHashedPassword.providedBy(credentials):
+            return self._lookup_pool.run(self._by_digest, credentials)
+        if IScramCredentials.providedBy(credentials):
+            return self._lookup_pool.run(self._by_scram, credentials)
+        return self._lookup_pool.run(self._by_certificate, credentials)
 
     async def _by_password(self, credentials: Any) -> Verified:
         username: bytes = credentials.username
@@ -142,8 +157,52 @@ class AccountsChecker:
             raise BadCredentials(FAILED)
         return Verified(account)
 
+    def _by_scram(self, credentials: Any) -> Verified:
+        name = _prepared_or_raw(credentials.username)
+        account = self._accounts.lookup(name)
+        scram = cast("IScramAccounts", self._accounts).scram
+        good = credentials.check(scram(name, credentials.algorithm))
+        if account is None:
+            raise NoSuchUser(FAILED)
+        if not good and (account.lacks_scram or account.password_hash is None):
+            raise NoVerifierOfThisKind(FAILED)
+        if not good:
+            raise BadCredentials(FAILED)
+        return Verified(account)
+
+    def _by_certificate(self, credentials: Any) -> Verified:
+        if not credentials.username:
+            raise BadCredentials(FAILED, "no certificate name")  # CVE-2019-3814
+        account = self._lookup(credentials.username)
+        if account is None:
+            raise NoSuchUser(FAILED)
+        return Verified(account)
+
     def _lookup(self, username: bytes) -> Account | None:
         return self._accounts.lookup(_prepared_or_raw(username))
+
+
+@implementer(IAnswers)
+class Answers:
+    """Answers the questions of sessions from several `IScramAccounts`, in the pool of look-ups.
+
+    The first that has an account of the name gives the answer, and all are looked through for every
+    name, so that the time tells nothing.
+    """
+
+    def __init__(self, accounts: Iterable[Any], lookup_pool: Pool) -> None:
+        self._accounts: tuple[Any, ...] = tuple(accounts)
+        self._pool = lookup_pool
+
+    async def answer(self, query: Query) -> object:
+        """A `ScramVerifier` for each `ScramQuery`."""
+        return await self._pool.run(self._scram, query)
+
+    def _scram(self, query: Query) -> ScramVerifier:
+        name = _prepared_or_raw(query.username)
+        having = [each for each in self._accounts if each.lookup(name) is not None]
+        verifier: ScramVerifier = (having or self._accounts)[0].scram(name, query.algorithm)
+        return verifier
 
 
 @implementer(ICredentialsChecker)
