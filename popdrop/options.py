@@ -122,6 +122,7 @@ class Options(AuthOptionMixin, usage.Options):
             "Seconds for which a good password need not be hashed again; 0: never.",
             _seconds("login-cache"),
         ],
+        [
             "sasl",
             None,
             None,

@@ -9,12 +9,14 @@ from base64 import b64decode, b64encode
 from collections.abc import Callable
 from typing import Any
 
+from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.portal import Portal
-from twisted.internet.defer import Deferred, maybeDeferred
+from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
 from twisted.internet.error import ConnectionDone
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
+from zope.interface import implementer
 from zope.interface.verify import verifyObject
 
 from popdrop.accounts.checkers import AccountsChecker, Answers, Chain
@@ -47,7 +49,7 @@ from popdrop.session import (
     Session,
     StartTLS,
 )
-from popdrop.values import Account, PeerFacts, ScramVerifier
+from popdrop.values import Account, PeerFacts, ScramVerifier, Verified
 from tests.doubles import NoPool, Server, Transport
 from tests.scram import Client, ScramAccounts, unreadable, verifier
 
@@ -343,6 +345,18 @@ class Pool:
         return work(*args)
 
 
+@implementer(ICredentialsChecker)
+class Tokens:
+    """`good` is a token of whoever shows it."""
+
+    credentialInterfaces = (IBearerToken,)
+
+    def requestAvatarId(self, credentials: Any) -> Deferred[Any]:
+        if credentials.token == b"good":
+            return succeed(Verified(Account(credentials.username)))
+        return fail(BadCredentials("Authentication failed."))
+
+
 class Site(Server):
     """`bob` and `alice` by SCRAM and by certificate, over the doubles."""
 
@@ -480,6 +494,38 @@ class ShellTests(SynchronousTestCase):
             protocol.dataReceived(b"AUTH EXTERNAL =\r\n")
             self.assertTrue(site.answered(transport).startswith(answer), name)
             lose(protocol)
+
+    def test_bearer_tokens(self) -> None:
+        """A refusal waits, says why in JSON, and `-ERR` follows the client's answer."""
+        site = Site("memory")
+        checker = Tokens()
+        site.factory.portal.registerChecker(checker, IBearerToken)
+        for mechanism, response in (
+            (b"OAUTHBEARER", b"n,a=bob,\1auth=Bearer %s\1\1"),
+            (b"XOAUTH2", b"user=bob\1auth=Bearer %s\1\1"),
+        ):
+            protocol, transport = site.connect()
+            protocol.dataReceived(b"AUTH " + mechanism + b"\r\n")
+            protocol.dataReceived(b64encode(response % b"forged") + b"\r\nAQ==\r\n")
+            self.assertEqual(site.answered(transport), b"+ ", "answered at once")
+            site.clock.advance(30)
+            lines = transport.value().split(b"\r\n")
+            self.assertIn(b'"status"', b64decode(lines[-3][2:]))
+            self.assertEqual(lines[-2] + b"\r\n", FAILURE)
+            good = b64encode(response % b"good")
+            protocol.dataReceived(b"AUTH " + mechanism + b" " + good + b"\r\n")
+            self.assertIn(b"+OK bob has 2", transport.value())
+            lose(protocol)
+        found = [(r.event, r.reason, r.mechanism) for r in site.records.records]
+        self.assertEqual(
+            [each for each in found if each[0] != "end"],
+            [
+                ("failure", "bad-credentials", "OAUTHBEARER"),
+                ("login", "ok", "OAUTHBEARER"),
+                ("failure", "bad-credentials", "XOAUTH2"),
+                ("login", "ok", "XOAUTH2"),
+            ],
+        )
 
     def test_failures_then_a_wrong_password(self) -> None:
         """1 to 10 failures by each mechanism, over sessions, never end in +OK (CVE-2005-0198)."""

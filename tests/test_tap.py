@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 
+import trustme
 from twisted.application.service import IService, IServiceMaker
 from twisted.plugin import getPlugins
 from twisted.trial.unittest import SynchronousTestCase
@@ -88,6 +89,13 @@ class OptionTests(TapCase):
             (("--throttle", "shared:/nowhere/at/all"), "--throttle"),
             (("--lock-timeout", "long"), "--lock-timeout takes a number of seconds"),
             (("--min-uid", "x"), "--min-uid takes a number"),
+            (
+                ("--sasl", "PLAIN,NTLM,,GSSAPI"),
+                "unknown: (nothing), GSSAPI, NTLM; known are ",
+            ),
+            (("--sasl", "EXTERNAL"), "--sasl EXTERNAL: needs --client-ca FILE"),
+            (("--sasl", "plain,xoauth2"), "--sasl XOAUTH2: needs an --auth"),
+            (("--client-ca", "/nonexistent.pem"), "--client-ca /nonexistent.pem: there is no"),
             (("--idle-timeout", "60"), "--allow-short-idle"),
             (("--session-log", "nonsense"), "--session-log"),
             (("--local-net", "10.0.0.0/99"), "--local-net 10.0.0.0/99"),
@@ -115,6 +123,33 @@ class OptionTests(TapCase):
         AccountsDatabase.create(database)
         os.unlink(database + ".key")
         self.assertIn("--apop-only", self.refused(*LOOPBACK, "--apop-only"))
+
+    def mechanisms(self, *words: str) -> tuple[list[str], set[str]]:
+        """Those of a service, and those of them that CAPA does not tell of."""
+        policy = self.make(*LOOPBACK, *words)._factories[0].policy
+        return [m.decode() for m in policy.mechanisms], {m.decode() for m in policy.hidden}
+
+    def test_mechanisms(self) -> None:
+        """What the checkers can verify, the strongest first; sealed verifiers need their key."""
+        able = ["SCRAM-SHA-256-PLUS", "SCRAM-SHA-1-PLUS", "SCRAM-SHA-256", "SCRAM-SHA-1"]
+        rest = ["CRAM-MD5", "PLAIN", "LOGIN"]
+        hidden = {"CRAM-MD5", "LOGIN"}
+        self.assertEqual(self.mechanisms(), (able + rest, hidden))
+        authority = os.path.join(self.folder, "authority.pem")
+        trustme.CA().cert_pem.write_to_path(authority)
+        found = self.mechanisms("--client-ca", authority)
+        self.assertEqual(found, ([*able, "EXTERNAL", *rest], hidden))
+        self.assertEqual(
+            self.mechanisms("--sasl", "plain, CRAM-MD5 ,plain"), (["PLAIN", "CRAM-MD5"], set())
+        )
+        self.assertEqual(self.mechanisms("--sasl", "none"), ([], set()))
+        self.assertEqual(self.mechanisms("--apop-only")[0], [])
+        passwords = os.path.join(self.folder, "plain")
+        with open(passwords, "w") as file:
+            file.write("bob:secret\n")
+        self.assertEqual(self.mechanisms("--auth", f"file:{passwords}")[0], rest)
+        os.unlink(os.path.join(self.folder, "accounts.db.key"))
+        self.assertEqual(self.mechanisms()[0], ["PLAIN", "LOGIN"])
 
     def test_defaults(self) -> None:
         """Without options: the state folder is filled, and loopback alone is listened on."""

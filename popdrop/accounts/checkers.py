@@ -172,7 +172,7 @@ class AccountsChecker:
 
     def _by_certificate(self, credentials: Any) -> Verified:
         if not credentials.username:
-            raise BadCredentials(FAILED, "no certificate name")  # CVE-2019-3814
+            raise BadCredentials(FAILED)  # CVE-2019-3814
         account = self._lookup(credentials.username)
         if account is None:
             raise NoSuchUser(FAILED)

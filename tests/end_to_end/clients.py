@@ -120,11 +120,11 @@ class Way:
 
     @property
     def user(self) -> str:
-        return "alice" if self.mechanism == "APOP" else "bob"
+        return "alice" if self.mechanism in ("APOP", "CRAM-MD5") else "bob"
 
     @property
     def secret(self) -> str:
-        return SECRET if self.mechanism == "APOP" else PASSWORD
+        return SECRET if self.user == "alice" else PASSWORD
 
 
 WAYS = tuple(
@@ -162,7 +162,7 @@ class Site:
 
     def logged_in_by(self, way: Way, mechanism: str = "") -> None:
         """Wait until the server has logged a login of this way and no other."""
-        found = self.server.wait_for(r'login user="(\w+)" .*mechanism="?(\w+)"? tls=(\S+)')
+        found = self.server.wait_for(r'login user="(\w+)" .*mechanism=([\w-]+) tls=(\S+)')
         tls = "-" if way.tls == "none" else "TLSv1.3"
         expected = (way.user, mechanism or way.mechanism, tls)
         if found.groups() != expected:
@@ -249,6 +249,8 @@ def _curl(site: Site, way: Way) -> list[str]:
     command += ["--user", f"{way.user}:{way.secret}", "--cacert", site.certificate]
     if way.mechanism == "APOP":
         command += ["--login-options", "AUTH=+APOP"]
+    elif way.mechanism != "USER":
+        command += ["--login-options", f"AUTH={way.mechanism}"]
     if way.tls == "stls":
         command.append("--ssl-reqd")
     return command
@@ -259,11 +261,11 @@ def _url(site: Site, way: Way) -> str:
     return f"{scheme}://localhost:{site.port(way)}/"
 
 
-def by_curl(site: Site, way: Way, count: int) -> list[bytes]:
+def by_curl(site: Site, way: Way, count: int, *options: str) -> list[bytes]:
     """The first `count` mails as sent, in one session."""
     folder = site.new_folder()
     url = _url(site, way)
-    command = _curl(site, way)
+    command = [*_curl(site, way), *options]
     for number in range(1, count + 1):
         command += ["--output", str(folder / str(number)), url + str(number)]
     run(folder, command)
