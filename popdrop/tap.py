@@ -231,8 +231,7 @@ class Popdrop(Service):
         # One needs no chain: that it does not know somebody is a refusal like any other.
         chain = checkers[0] if len(checkers) == 1 else Chain(checkers)
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
-        apop = self._offers_apop(kinds)
-        policy = self._policy(apop, tls is not None, self._mechanisms(kinds))
+        policy = self._policy(kinds, tls is not None)
         self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
         self._session_log = record.Several(logs)
@@ -311,7 +310,7 @@ class Popdrop(Service):
                 raise ConfigError(f"--sasl {name.decode('ascii')}: needs {needs}; or leave it out")
         return tuple(possible) if wanted is None else wanted
 
-    def _policy(self, apop: bool, can_stls: bool, mechanisms: tuple[bytes, ...]) -> Policy:
+    def _policy(self, kinds: set[Any], can_stls: bool) -> Policy:
         options = self._options
         only = bool(options["apop-only"])
         return Policy(
@@ -320,8 +319,8 @@ class Popdrop(Service):
             wording=options["wording"],
             folding=folding("--user-names", options["user-names"]),
             stls=options["stls"] if can_stls else "off",
-            apop=apop,
-            mechanisms=mechanisms,
+            apop=self._offers_apop(kinds),
+            mechanisms=self._mechanisms(kinds),
             hidden=HIDDEN if options["sasl"] is None else frozenset(),
             local=LOOPBACK + tuple(network("--local-net", t) for t in options["local-net"]),
             min_uid=options["min-uid"],
