@@ -40,7 +40,7 @@ from popdrop.errors import BadCredentials, PopdropError, TemporaryFailure
 from popdrop.interfaces import IAnswers, IMaildrop, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
 from popdrop.policy import Mind, Policy, Timing
-from popdrop.sasl import Query
+from popdrop.sasl import CHANNEL_BINDING, Query
 from popdrop.session import (
     Ask,
     Commit,
@@ -534,7 +534,7 @@ class POP3Protocol(Protocol):
         return self._drop.ready(fetch.index, fetch.lines)
 
     def _refusal(self, refusal: Refusal) -> None:
-        if refusal.reason in ("tls-required", "cleartext", "malformed-response"):
+        if refusal.reason in ("tls-required", "cleartext", "malformed-response", CHANNEL_BINDING):
             self._record("failure", refusal.reason)
         else:
             log.info("{peer}: bad command: {why}", peer=self._host(), why=refusal.reason)

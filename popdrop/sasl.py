@@ -38,6 +38,10 @@ _TOKEN = re.compile(rb"(?i:bearer) +([A-Za-z0-9._~+/-]+=*)").fullmatch
 """RFC 6750 section 2.1."""
 
 
+CHANNEL_BINDING: Final = "channel-binding"
+"""The detail of failures that may mean somebody between the client and the server."""
+
+
 @dataclass(frozen=True, slots=True)
 class ScramQuery:
     """What is kept of this name's password for `algorithm`? The answer is a `ScramVerifier`."""
@@ -178,7 +182,7 @@ class OAuthBearer(_Exchange):
         header, _, rest = response.partition(b"\1")
         flag, authzid = _gs2(header)
         if flag not in (b"n", b"y"):
-            raise BadCredentials(FAILED, "channel binding")
+            raise BadCredentials(FAILED, CHANNEL_BINDING)
         return BearerToken(authzid, _token(rest), self._mechanism)
 
 
@@ -276,13 +280,13 @@ class Scram(_Exchange):
         if flag.startswith(b"p=") and self._bound:
             found = self._around.peer.bindings.get(flag[2:].decode("ascii", "replace"))
             if found is None:
-                raise BadCredentials(FAILED, "unknown channel binding")
+                raise BadCredentials(FAILED, CHANNEL_BINDING)
             return found
         if self._bound or flag not in (b"n", b"y"):
-            raise BadCredentials(FAILED, "channel binding")
+            raise BadCredentials(FAILED, CHANNEL_BINDING)
         if flag == b"y" and self._around.plus:
             # The client can do it and has not seen that we can: somebody has changed our CAPA.
-            raise BadCredentials(FAILED, "channel binding was hidden")
+            raise BadCredentials(FAILED, CHANNEL_BINDING)
         return b""
 
     def _unexpected(self, response: bytes | None) -> Step:
@@ -308,7 +312,7 @@ class Scram(_Exchange):
         if not found or [name for name, _ in attributes[:2]] != [b"c", b"r"]:
             raise _malformed("client-final")
         if _octets(attributes[0][1]) != self._binding:
-            raise BadCredentials(FAILED, "channel binding")
+            raise BadCredentials(FAILED, CHANNEL_BINDING)
         if attributes[1][1] != self._nonce:
             raise BadCredentials(FAILED, "nonce")
         message = b",".join((self._first, self._server_first, without))

@@ -23,6 +23,7 @@ from popdrop.errors import BadCredentials, PopdropError
 from popdrop.listing import Listing
 from popdrop.policy import Policy
 from popdrop.sasl import (
+    CHANNEL_BINDING,
     MECHANISMS,
     Exchange,
     Query,
@@ -476,7 +477,10 @@ class Session:
             step = go_on()
         except BadCredentials as error:
             answer = self.refused(error)
-            return Refusal(answer, "malformed-response") if isinstance(answer, bytes) else answer
+            if not isinstance(answer, bytes):
+                return answer
+            bound = error.detail == CHANNEL_BINDING
+            return Refusal(answer, CHANNEL_BINDING if bound else "malformed-response")
         if isinstance(step, bytes):
             self._exchange = exchange
             return encoded(step)

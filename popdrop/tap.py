@@ -430,7 +430,14 @@ class Popdrop(Service):
             if self._demo is not None and not (_is_free(plain) and _is_free(tls)):
                 plain = tls = 0
             texts = [text.format(plain=plain, tls=tls, pem=pem) for text in LOOPBACK_LISTENERS]
-        return [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
+        found = [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
+        under_tls = self._options["stls"] != "off" or any(each.implicit_tls for each in found)
+        if self._options["client-ca"] is not None and not under_tls:
+            raise ConfigError(
+                f"--client-ca {self._options['client-ca']}: no listener has TLS; leave --stls off"
+                " out, or add --listen tls:..."
+            )
+        return found
 
     def _store(self) -> IStore:
         text = self._options["store"]

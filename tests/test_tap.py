@@ -95,6 +95,7 @@ class OptionTests(TapCase):
             ),
             (("--sasl", "EXTERNAL"), "--sasl EXTERNAL: needs --client-ca FILE"),
             (("--sasl", "plain,xoauth2"), "--sasl XOAUTH2: needs an --auth"),
+            (("--client-ca", "/x.pem", "--stls", "off"), "--client-ca /x.pem: no listener has TLS"),
             (("--client-ca", "/nonexistent.pem"), "--client-ca /nonexistent.pem: there is no"),
             (("--idle-timeout", "60"), "--allow-short-idle"),
             (("--session-log", "nonsense"), "--session-log"),

@@ -62,6 +62,9 @@ class Speaker:
             assert self.ask(b"STLS").startswith(b"+OK")
             self.handshake(version, certificate)
 
+    def close(self) -> None:
+        self._socket.close()
+
     def handshake(self, version: int | None, certificate: trustme.LeafCert | None) -> None:
         context = SSL.Context(SSL.TLS_CLIENT_METHOD)
         if version is not None:
@@ -238,6 +241,7 @@ class BindingTests(MechanismCase):
             bound = honest.binding("tls-exporter") if name == "tls-exporter" else (name, b"x" * 32)
             answer = middle.scram("SCRAM-SHA-256-PLUS", "bob", "hunter2", bound)
             self.assertEqual(answer, b"-ERR [AUTH] Authentication failed.")
+            site.server.wait_for('failure user="bob" .*reason=channel-binding')
         client = Client("SCRAM-SHA-256", "bob", "hunter2", ("tls-exporter", b"y" * 32))
         first = client.first()
         self.assertTrue(first.startswith(b"y,,"))
@@ -316,6 +320,55 @@ class CertificateTests(MechanismCase):
         self.assertTrue(speaker.ask(b"AUTH EXTERNAL =").startswith(b"+OK"))
         with self.assertRaises(SSL.Error):
             Speaker(self, self.site, "implicit", TLS_1_2, before).ask(b"CAPA")
+
+
+class AttackTests(MechanismCase):
+    def test_aborted_exchanges_leave_nothing(self) -> None:
+        """CVE-2016-8652, a thousand times over: `*`, then gone, at each step."""
+        site = self.serve("--throttle", "memory:total=50")
+        descriptors = Path(f"/proc/{site.server.process.pid}/fd")
+        before = len(list(descriptors.iterdir()))
+        for number in range(1000):
+            speaker = Speaker(self, site)
+            mechanism = ("SCRAM-SHA-256", "CRAM-MD5", "LOGIN", "PLAIN")[number % 4]
+            client = Client(mechanism, "bob", "hunter2") if mechanism[:5] == "SCRAM" else None
+            answer = speaker.ask(b"AUTH " + mechanism.encode())
+            for _ in range(number // 4 % 3):
+                if client is not None:
+                    first = answer == b"+ "
+                    words = client.first() if first else client.final(b64decode(answer[2:]))
+                    answer = speaker.ask(b64encode(words))
+                elif mechanism == "LOGIN" and answer == b"+ " + b64encode(b"Username:"):
+                    answer = speaker.ask(b64encode(b"bob"))
+            self.assertTrue(answer.startswith(b"+ "), answer)
+            if number % 2:
+                self.assertEqual(speaker.ask(b"*"), b"-ERR authentication cancelled")
+            speaker.close()
+        speaker = Speaker(self, site)
+        self.assertTrue(speaker.scram("SCRAM-SHA-1", "bob", "hunter2").startswith(b"+OK bob"))
+        self.assertTrue(speaker.ask(b"QUIT").startswith(b"+OK"))
+        speaker.close()
+        # A database and its spool stay open for the next one, in each of 4 and 16 threads.
+        self.assertLess(len(list(descriptors.iterdir())), before + 50)
+        self.assertNotIn("Traceback", site.server.stop())
+
+    def test_bad_base64_fails_only_its_own(self) -> None:
+        """CVE-2025-59028: nineteen other logins in progress are not disturbed."""
+        site = self.serve()
+        begun = []
+        for _ in range(20):
+            speaker, client = Speaker(self, site), Client("SCRAM-SHA-256", "bob", "hunter2")
+            answer = speaker.ask(b"AUTH SCRAM-SHA-256 " + b64encode(client.first()))
+            begun.append((speaker, client, answer))
+        self.assertEqual(begun[7][0].ask(b"YQ==YQ=="), b"-ERR invalid base64")
+        for number, (speaker, client, answer) in enumerate(begun):
+            if number != 7:
+                answer = speaker.ask(b64encode(client.final(b64decode(answer[2:]))))
+                client.finish(b64decode(answer[2:]))
+                self.assertTrue(speaker.ask(b"").startswith(b"+OK bob"))
+                self.assertTrue(speaker.ask(b"QUIT").startswith(b"+OK"))
+        answer = begun[7][0].scram("SCRAM-SHA-256", "bob", "hunter2")
+        self.assertTrue(answer.startswith(b"+OK bob"))
 
 
 class OfferTests(MechanismCase):
