@@ -185,7 +185,7 @@ class Session:
         self._bad = 0
         self._failures = 0
         self._exchange: Exchange | None = None
-        self._asking: Exchange | None = None
+        self._asking: Callable[[object], Result] | None = None
         self._questions = 0
         self._error_challenge: bytes | None = None
         self._named = False
@@ -274,11 +274,11 @@ class Session:
         return b"+OK %s has %d message(s) (%d octets).\r\n" % (name, len(listing), listing.octets)
 
     def told(self, answer: object) -> Result:
-        """The answer to `Ask`: the exchange that waited for it goes on."""
-        exchange, self._asking = self._asking, None
-        if exchange is None:
+        """The answer to `Ask`: what waited for it goes on."""
+        asking, self._asking = self._asking, None
+        if asking is None:
             raise RuntimeError("nothing was asked")
-        return self._advance(exchange, partial(exchange.told, answer))
+        return asking(answer)
 
     def refused(self, error: PopdropError) -> bytes | Hangup:
         """The login failed, or a question. Bad credentials count, temporary trouble does not.
@@ -472,6 +472,9 @@ class Session:
             return self._malformed("invalid base64")
         return self._advance(exchange, partial(exchange.step, response))
 
+    def _resume(self, exchange: Exchange, answer: object) -> Result:
+        return self._advance(exchange, partial(exchange.told, answer))
+
     def _advance(self, exchange: Exchange, go_on: Callable[[], Step]) -> Result:
         try:
             step = go_on()
@@ -489,7 +492,7 @@ class Session:
             self._questions += 1
             if self._questions > QUESTIONS:
                 return Hangup(b"-ERR too many exchanges\r\n", "too-many-exchanges")
-            self._asking = exchange
+            self._asking = partial(self._resume, exchange)
             return Ask(ScramQuery(self._policy.folding(step.username), step.algorithm))
         self._error_challenge = exchange.error_challenge
         return self._log_in(step)
