@@ -143,6 +143,7 @@ class OfferTests(SynchronousTestCase):
                 text(fresh(peer, secured, policy).line(b"AUTH")).split(b"\r\n")[1:-2], listed
             )
             self.assertEqual(listed, [m for m in EVERY if m in listed], "the strongest first")
+            self.assertEqual(hidden.intersection(listed), set())
             for mechanism in EVERY:
                 answer = text(fresh(peer, secured, policy).line(b"AUTH " + mechanism.lower()))
                 may = mechanism in listed or (
@@ -223,6 +224,7 @@ class SessionTests(SynchronousTestCase):
             answer = session.refused(unreadable())
             assert isinstance(answer, bytes)
             self.assertTrue(answer.startswith(b"-ERR [SYS/TEMP]"))
+            self.assertRaises(RuntimeError, session.told, verifier(b"secret", "SHA-1"))
             self.assertTrue(text(session.line(b"CAPA")).startswith(b"+OK"))
 
     def test_questions_are_limited(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import hmac
 import pickle
-from base64 import b64decode
+from base64 import b64decode, b64encode
 from functools import lru_cache
 
 from hypothesis import example, given, settings
@@ -406,6 +406,12 @@ class ScramTests(Case):
         self.assertIsInstance(run.step(final), ScramCredentials)
 
     def test_a_proof_of_another_length(self) -> None:
+        run, final = self.final_of((b"c=biws", b"c=biws"))
+        head, _, proof = final.partition(b",p=")
+        longer = b64encode(b64decode(proof) + b"x")
+        shown = run.step(head + b",p=" + longer)
+        assert isinstance(shown, ScramCredentials)
+        self.assertFalse(shown.check(KEPT["SHA-256"]))
         for proof in (b"", b"x", b"x" * 31, b"x" * 33, b"x" * 1000):
             shown = ScramCredentials(b"bob", "SCRAM-SHA-256", "SHA-256", b"message", proof)
             self.assertFalse(shown.check(verifier(b"secret", "SHA-256")))
