@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from base64 import b64decode, b64encode
+from dataclasses import dataclass
 from pathlib import Path
 
 import trustme
@@ -28,6 +30,7 @@ from tests.end_to_end.clients import (
 )
 from tests.end_to_end.harness import DEADLINE
 from tests.scram import ALL, Client
+from tests.test_tokens import ISSUER, jwk, jwks, said, signing, token
 
 MAILS = tuple(made(f"mail-{n}", b"From %d\n.\n" % n * 5) for n in range(1, 4))
 TEXTS = [mail.text for mail in MAILS]
@@ -208,6 +211,66 @@ class RealClientTests(MechanismCase):
             site.logged_in_by(way, "PLAIN")
             self.assertEqual(Fetchmail(site, way, "keep fetchall").fetch(), TEXTS, way)
             site.logged_in_by(way)
+
+
+@dataclass(frozen=True)
+class TokenWay(Way):
+    """By a bearer token."""
+
+    token: str = ""
+
+    @property
+    def secret(self) -> str:
+        return self.token
+
+
+class TokenTests(MechanismCase):
+    """OAUTHBEARER and XOAUTH2, with tokens that an issuer has signed."""
+
+    def setUp(self) -> None:
+        keys = Path(self.mktemp()).absolute()
+        keys.write_bytes(jwks(jwk(signing("ES256"))))
+        self.source = f"oidc:{ISSUER}:keys={keys}:audience=popdrop:claim=preferred_username"
+        self.site = self.serve("--auth", self.source)
+        moment = int(time.time())
+        self.good = token(said(iat=moment - 10, exp=moment + 3600)).decode()
+        self.old = token(said(iat=moment - 7200, exp=moment - 3600)).decode()
+
+    def test_mpop(self) -> None:
+        for mechanism in ("OAUTHBEARER", "XOAUTH2"):
+            for tls in WAYS_OF_TLS:
+                way = TokenWay(mechanism, tls, self.good)
+                self.assertEqual(Mpop(self.site, way, "mda", "keep on").fetch(), TEXTS, way)
+                self.site.logged_in_by(way)
+            failure = self.assertRaises(
+                AssertionError,
+                Mpop(self.site, TokenWay(mechanism, "stls", self.old), "mda", "keep on").fetch,
+            )
+            self.assertIn("uthentication failed", str(failure))
+
+    def test_curl(self) -> None:
+        """It takes XOAUTH2 only where there is nothing better."""
+        only = self.serve("--auth", self.source, "--sasl", "XOAUTH2")
+        for mechanism, site in (("OAUTHBEARER", self.site), ("XOAUTH2", only)):
+            for tls in WAYS_OF_TLS:
+                for options in ((), ("--sasl-ir",)):
+                    way = Way(mechanism, tls)
+                    words = ("--oauth2-bearer", self.good, *options)
+                    self.assertEqual(by_curl(site, way, len(MAILS), *words), SENT, way)
+                    site.logged_in_by(way)
+
+    def test_refused(self) -> None:
+        """The challenge tells why, in JSON; the client's answer brings the reply."""
+        for user, shown in (("bob", self.old), ("alice", self.good), ("bob", "forged")):
+            speaker = Speaker(self, self.site, "stls")
+            response = b64encode(f"n,a={user},\1auth=Bearer {shown}\1\1".encode())
+            answer = speaker.ask(b"AUTH OAUTHBEARER " + response)
+            self.assertEqual(b64decode(answer[2:]), b'{"status":"invalid_token"}')
+            self.assertEqual(speaker.ask(b"AQ=="), b"-ERR [AUTH] Authentication failed.")
+            self.assertTrue(speaker.ask(b"QUIT").startswith(b"+OK"))
+        log = self.site.server.stop()
+        for secret in (self.good, self.old, "forged"):
+            self.assertNotIn(secret, log)
 
 
 class BindingTests(MechanismCase):
