@@ -23,6 +23,10 @@ APOP_USERS: Final = ("refuse", "allow")
 WORDINGS: Final = ("vague", "strict")
 """How an account with an APOP secret is refused cleartext: at PASS as a wrong password, as the
 oldest qpopper did, or at USER with the reason, as qpopper 4."""
+STRONGER: Final = (
+    "You must use stronger authentication such as AUTH or APOP to connect to this server"
+)
+"""qpopper 4's words for that."""
 
 _DOMAIN = re.compile(r"[A-Za-z0-9_\u0080-\U0010ffff][A-Za-z0-9_.\u0080-\U0010ffff-]*").fullmatch
 
@@ -218,6 +222,11 @@ def mechanism_is_open(
     if mechanism.endswith(b"-PLUS"):
         return secured and peer is not None and bool(peer.bindings)
     return True
+
+
+def user_is_asked_about(policy: Policy) -> bool:
+    """Whether USER is refused to accounts with an APOP secret, and so asks who has one."""
+    return policy.wording == "strict" and apop_accounts_are_refused(policy)
 
 
 def account_refusal(

@@ -78,6 +78,10 @@ STOP_CLOSE_GRACE: Final = 1.0
 """The same when the server stops."""
 NOBODY: Final = UNIXAddress(None)
 """A peer without an address, as long as only a proxy knows it."""
+RECORDED: Final = frozenset(
+    {"tls-required", "cleartext", "malformed-response", "apop-account", CHANNEL_BINDING}
+)
+"""Refusals that are failed logins, and so belong into the session log."""
 TLS_RECORD: Final = b"\x16\x03"
 """How a TLS handshake begins: on a plain port it is a client with a wrong setting."""
 
@@ -534,7 +538,7 @@ class POP3Protocol(Protocol):
         return self._drop.ready(fetch.index, fetch.lines)
 
     def _refusal(self, refusal: Refusal) -> None:
-        if refusal.reason in ("tls-required", "cleartext", "malformed-response", CHANNEL_BINDING):
+        if refusal.reason in RECORDED:
             self._record("failure", refusal.reason)
         else:
             log.info("{peer}: bad command: {why}", peer=self._host(), why=refusal.reason)

@@ -14,7 +14,7 @@ from popdrop.credentials import FAILED, acceptable_name
 from popdrop.errors import BadCredentials
 from popdrop.interfaces import IAccounts, IMaildrop, IStore
 from popdrop.legacy import MaildropAsMailbox
-from popdrop.policy import Mind, Policy, Rosters, account_refusal
+from popdrop.policy import STRONGER, Mind, Policy, Rosters, account_refusal
 from popdrop.threads import Pool
 from popdrop.values import Account, Owner, Verified
 
@@ -72,7 +72,8 @@ class Realm:
             mind.policy, account, mind.cleartext, mind.peer, self._clock(), self._rosters()
         )
         if refusal is not None:
-            raise BadCredentials(FAILED, refusal)
+            told = refusal == "apop-account" and mind.policy.wording == "strict"
+            raise BadCredentials(STRONGER if told else FAILED, refusal)
         mind.verified(account)
         name = account.name.decode("utf-8")
         owner = Owner(

@@ -50,7 +50,14 @@ class ScramQuery:
     algorithm: str
 
 
-Query = ScramQuery
+@dataclass(frozen=True, slots=True)
+class ApopQuery:
+    """Whether the account of that name has an APOP secret: qpopper 4 asks so at USER."""
+
+    username: bytes
+
+
+Query = ScramQuery | ApopQuery
 """Questions that the accounts answer before anybody has logged in."""
 
 
@@ -68,7 +75,7 @@ class Surroundings:
     plus: bool = False
 
 
-Step = bytes | Query | Credentials
+Step = bytes | ScramQuery | Credentials
 
 
 class Exchange(Protocol):

@@ -25,6 +25,7 @@ from popdrop.policy import Policy
 from popdrop.sasl import (
     CHANNEL_BINDING,
     MECHANISMS,
+    ApopQuery,
     Exchange,
     Query,
     Refused,
@@ -398,6 +399,19 @@ class Session:
         self._named = self._cleartext_is_open()
         if not self._named:
             return self._cleartext_refusal()
+        if rules.user_is_asked_about(self._policy):
+            self._named = False
+            self._asking = self._about_user
+            return self._ask(ApopQuery(self._policy.folding(name)))
+        return self._password_wanted(name)
+
+    def _about_user(self, has_apop: object) -> Result:
+        if has_apop:
+            return Refusal(b"-ERR [AUTH] " + rules.STRONGER.encode() + b"\r\n", "apop-account")
+        self._named = True
+        return self._password_wanted(self.user or b"")
+
+    def _password_wanted(self, name: bytes) -> bytes:
         if _SPEAKABLE(name):
             return b"+OK Password required for " + name + b".\r\n"
         return b"+OK Password required.\r\n"
@@ -472,6 +486,12 @@ class Session:
             return self._malformed("invalid base64")
         return self._advance(exchange, partial(exchange.step, response))
 
+    def _ask(self, query: Query) -> Result:
+        self._questions += 1
+        if self._questions > QUESTIONS:
+            return Hangup(b"-ERR too many exchanges\r\n", "too-many-exchanges")
+        return Ask(query)
+
     def _resume(self, exchange: Exchange, answer: object) -> Result:
         return self._advance(exchange, partial(exchange.told, answer))
 
@@ -489,11 +509,8 @@ class Session:
             return encoded(step)
         self.user = step.username
         if isinstance(step, ScramQuery):
-            self._questions += 1
-            if self._questions > QUESTIONS:
-                return Hangup(b"-ERR too many exchanges\r\n", "too-many-exchanges")
             self._asking = partial(self._resume, exchange)
-            return Ask(ScramQuery(self._policy.folding(step.username), step.algorithm))
+            return self._ask(ScramQuery(self._policy.folding(step.username), step.algorithm))
         self._error_challenge = exchange.error_challenge
         return self._log_in(step)
 

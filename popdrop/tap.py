@@ -228,29 +228,15 @@ class Popdrop(Service):
         self._auth_pool = self._pool("popdrop-auth", AUTH_THREADS)
         checkers = self._checkers()
         tls = self._stls_certificates()
-        # One needs no chain: that it does not know somebody is a refusal like any other.
-        chain = checkers[0] if len(checkers) == 1 else Chain(checkers)
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
         policy = self._policy(kinds, tls is not None)
         self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
         self._session_log = record.Several(logs)
-        self._rosters = RosterFiles(
-            options["auth-file"], options["nonauth-file"], bool(options["require-shell"])
-        )
-        realm = Realm(
-            self._store(),
-            self._lookup_pool,
-            self._accounts,
-            self._system.completed,
-            policy,
-            self._rosters.current,
-        )
-        portal = Portal(realm)
-        portal.registerChecker(cast("ICredentialsChecker", chain), *kinds)
+        portal = self._portal(checkers, kinds, policy)
+        answers = self._answers()
         timing = Timing(options["login-timeout"], options["idle-timeout"])
         holders: dict[bytes, POP3Protocol] = {}
-        answers = Answers([d for d in self._databases if d.can_apop], self._lookup_pool)
         for listener in self._parsed_listeners():
             self._listeners.append(listener)
             without_stls = listener.implicit_tls or listener.scheme == "stdio"
@@ -273,6 +259,33 @@ class Popdrop(Service):
                 )
             )
         self._refuse_root()
+
+    def _portal(self, checkers: list[Any], kinds: set[Any], policy: Policy) -> Portal:
+        options = self._options
+        self._rosters = RosterFiles(
+            options["auth-file"], options["nonauth-file"], bool(options["require-shell"])
+        )
+        realm = Realm(
+            self._store(),
+            self._lookup_pool,
+            self._accounts,
+            self._system.completed,
+            policy,
+            self._rosters.current,
+        )
+        portal = Portal(realm)
+        # One needs no chain: that it does not know somebody is a refusal like any other.
+        chain = checkers[0] if len(checkers) == 1 else Chain(checkers)
+        portal.registerChecker(cast("ICredentialsChecker", chain), *kinds)
+        return portal
+
+    def _answers(self) -> Answers:
+        if self._options["wording"] == "strict" and not self._databases:
+            raise ConfigError(
+                "--wording strict: asks who has an APOP secret; add --auth accounts:FILE"
+            )
+        with_key = [database for database in self._databases if database.can_apop]
+        return Answers(self._databases, with_key, self._lookup_pool)
 
     def _offers_apop(self, kinds: set[Any]) -> bool:
         apop = IUsernameHashedPassword in kinds

@@ -37,7 +37,7 @@ from popdrop.interfaces import IAnswers, IBearerToken, IExternal, IScramCredenti
 from popdrop.policy import CLEARTEXT, Policy, mechanism_is_open
 from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
-from popdrop.sasl import MECHANISMS, ScramQuery
+from popdrop.sasl import MECHANISMS, ApopQuery, ScramQuery
 from popdrop.session import (
     FAILED_LOGINS,
     QUESTIONS,
@@ -49,7 +49,7 @@ from popdrop.session import (
     Session,
     StartTLS,
 )
-from popdrop.values import Account, PeerFacts, ScramVerifier, Verified
+from popdrop.values import Account, PeerFacts, ScramVerifier, Secret, Verified
 from tests.doubles import NoPool, Server, Transport
 from tests.scram import Client, ScramAccounts, unreadable, verifier
 
@@ -375,7 +375,7 @@ class Site(Server):
         portal.registerChecker(checker, IScramCredentials, IExternal)
         portal.registerChecker(self.checker)
         self.factory.portal = portal
-        self.factory.answers = Answers([self.accounts], self.pool)  # type: ignore[arg-type]
+        self.factory.answers = Answers([self.accounts], [self.accounts], self.pool)  # type: ignore[arg-type]
 
     def answered(self, transport: Transport) -> bytes:
         """The last line."""
@@ -658,7 +658,7 @@ class CheckerTests(SynchronousTestCase):
 
     def test_interfaces(self) -> None:
         """Without a key nothing but passwords and certificates (decision 21)."""
-        verifyObject(IAnswers, Answers([], Pool()))  # type: ignore[arg-type]
+        verifyObject(IAnswers, Answers([], [], Pool()))  # type: ignore[arg-type]
         self.assertIn(IScramCredentials, self.checker.credentialInterfaces)
         without = AccountsChecker(self.accounts, Pool(), Pool(), False)  # type: ignore[arg-type]
         self.assertEqual(set(without.credentialInterfaces), {IUsernamePassword, IExternal})
@@ -703,10 +703,24 @@ class CheckerTests(SynchronousTestCase):
         cram = CramCredentials(b"bob", b"<1@x>", digest(b"", b"<1@x>"))
         self.assertIs(self.outcome(chain, cram), BadCredentials)
 
+    def test_whether_there_is_an_apop_secret(self) -> None:
+        class Accounts:
+            def lookup(self, name: bytes) -> Account | None:
+                return {
+                    b"with": Account(b"with", apop_secret=Secret(b"shared")),
+                    b"without": Account(b"without"),
+                }.get(name)
+
+        answers = Answers([Accounts()], [], Pool())  # type: ignore[list-item,arg-type]
+        for name, wanted in ((b"with", True), (b"without", False), (b"nobody", False)):
+            result: list[object] = []
+            Deferred.fromCoroutine(answers.answer(ApopQuery(name))).addBoth(result.append)
+            self.assertEqual(result, [wanted], name)
+
     def test_answers(self) -> None:
         """The first database that has the name, else the first one's made-up verifier."""
         other = ScramAccounts(alice="other", bob="another")
-        answers = Answers([self.accounts, other], Pool())  # type: ignore[arg-type]
+        answers = Answers([self.accounts, other], [self.accounts, other], Pool())  # type: ignore[arg-type]
         for name, source in ((b"bob", self.accounts), (b"alice", other), (b"eve", self.accounts)):
             result: list[Any] = []
             query = ScramQuery(name, "SHA-256")

@@ -34,7 +34,7 @@ from popdrop.interfaces import (
     IScramAccounts,
     IScramCredentials,
 )
-from popdrop.sasl import Query
+from popdrop.sasl import ApopQuery, Query, ScramQuery
 from popdrop.threads import Pool
 from popdrop.values import Account, ScramVerifier, Secret, Verified, client_network
 
@@ -184,25 +184,36 @@ class AccountsChecker:
 
 @implementer(IAnswers)
 class Answers:
-    """Answers the questions of sessions from several `IScramAccounts`, in the pool of look-ups.
+    """Answers the questions of sessions, in the pool of look-ups.
 
-    The first that has an account of the name gives the answer, and all are looked through for every
-    name, so that the time tells nothing.
+    The first of `accounts` that has one of the name gives the answer, and all are looked through
+    for every name, so that the time tells nothing. `with_scram` are those of them that provide
+    `IScramAccounts` and have a key.
     """
 
-    def __init__(self, accounts: Iterable[Any], lookup_pool: Pool) -> None:
-        self._accounts: tuple[Any, ...] = tuple(accounts)
+    def __init__(
+        self, accounts: Iterable[IAccounts], with_scram: Iterable[Any], lookup_pool: Pool
+    ) -> None:
+        self._accounts = tuple(accounts)
+        self._with_scram: tuple[Any, ...] = tuple(with_scram)
         self._pool = lookup_pool
 
     async def answer(self, query: Query) -> object:
-        """A `ScramVerifier` for each `ScramQuery`."""
+        """A `ScramVerifier` for each `ScramQuery`, for an `ApopQuery` whether there is a secret."""
+        if isinstance(query, ApopQuery):
+            return await self._pool.run(self._has_apop, query)
         return await self._pool.run(self._scram, query)
 
-    def _scram(self, query: Query) -> ScramVerifier:
+    def _scram(self, query: ScramQuery) -> ScramVerifier:
         name = _prepared_or_raw(query.username)
-        having = [each for each in self._accounts if each.lookup(name) is not None]
-        verifier: ScramVerifier = (having or self._accounts)[0].scram(name, query.algorithm)
+        having = [each for each in self._with_scram if each.lookup(name) is not None]
+        verifier: ScramVerifier = (having or self._with_scram)[0].scram(name, query.algorithm)
         return verifier
+
+    def _has_apop(self, query: ApopQuery) -> bool:
+        name = _prepared_or_raw(query.username)
+        having = [account for each in self._accounts if (account := each.lookup(name)) is not None]
+        return bool(having) and having[0].has_apop
 
 
 @implementer(ICredentialsChecker)

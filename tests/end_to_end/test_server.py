@@ -105,6 +105,45 @@ class SessionTests(ServerCase):
         client.close()
         self.assertIn("apop-account", server.stop())
 
+    def test_strict_wording(self) -> None:
+        """At USER, as qpopper 4; others go on; while the accounts cannot be read nobody does."""
+        self.folder.add("carol", password="right words", apop="other words altogether")
+        server = self.serve("--wording", "strict", "--user-names", "lower")
+        words = (
+            b"-ERR [AUTH] You must use stronger authentication such as AUTH or APOP to connect to"
+            b" this server\r\n"
+        )
+        wire = Wire(self, server.port)
+        wire.line()
+        wire.send(b"USER CAROL\r\nPASS right words\r\nUSER nobody\r\nPASS x\r\nUSER bob\r\n")
+        self.assertEqual(wire.line(), words)
+        self.assertEqual(wire.line(), b"-ERR USER first\r\n")
+        self.assertEqual(wire.line(), b"+OK Password required for nobody.\r\n")
+        self.assertEqual(wire.line(), b"-ERR [AUTH] Authentication failed.\r\n")
+        self.assertEqual(wire.line(), b"+OK Password required for bob.\r\n")
+        self.folder.accounts.chmod(0o644)
+        for _ in range(2):
+            while True:
+                other = Wire(self, server.port)
+                other.line()
+                other.send(b"USER carol\r\n")
+                answer = other.line()
+                if answer != words:
+                    break
+            self.assertIn(b"-ERR [SYS/TEMP]", answer)
+            other.send(b"PASS right words\r\n")
+            self.assertEqual(other.line(), b"-ERR USER first\r\n")
+        self.folder.accounts.chmod(0o600)
+        again = b""
+        while b"[SYS/TEMP]" in again or not again:
+            response = b64encode(b"\0carol\0right words")
+            wire = Wire(self, server.port)
+            wire.line()
+            wire.send(b"AUTH PLAIN " + response + b"\r\n")
+            again = wire.line()
+        self.assertEqual(again, words)
+        self.assertIn("apop-account", server.stop())
+
     def test_after_a_restart_all_is_as_before(self) -> None:
         """A large spool, of which there is an index then; any command may be the first."""
         filler = b"a line of some thirty octets..\n" * 10
