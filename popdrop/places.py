@@ -7,6 +7,8 @@ import pwd
 from collections.abc import Mapping
 
 SYSTEM_STATE_DIR = "/var/lib/popdrop"
+POPAUTH_SOCKET = "/run/popdrop/popauth"
+"""Where `popdrop popauth` looks for the server's self-service."""
 
 
 def default_state_dir(environ: Mapping[str, str], euid: int) -> str:

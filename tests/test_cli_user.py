@@ -264,19 +264,21 @@ class ListTests(CommandCase):
     def test_plain_lines(self) -> None:
         lines = self.good("list", "--db", self.db).stdout.splitlines()
         when = r"changed=\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ"
+        when += " app-passwords=0 read-only=no networks=any expires=never"
         self.assertEqual(len(lines), 2)
         self.assertRegex(lines[0], rf"^\[bold\]bob password=yes apop=no disabled=yes {when}$")
         self.assertRegex(lines[1], rf"^mrose password=no apop=yes disabled=no {when}$")
 
     def test_json(self) -> None:
         rows = json.loads(self.good("list", "--db", self.db, "--json").stdout)
+        free = {"app_passwords": 0, "read_only": False, "networks": [], "expires": None}
         for row in rows:
             self.assertRegex(row.pop("changed"), r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\dZ$")
         self.assertEqual(
             rows,
             [
-                {"name": "[bold]bob", "password": True, "apop": False, "disabled": True},
-                {"name": "mrose", "password": False, "apop": True, "disabled": False},
+                {"name": "[bold]bob", "password": True, "apop": False, "disabled": True, **free},
+                {"name": "mrose", "password": False, "apop": True, "disabled": False, **free},
             ],
         )
 

@@ -53,6 +53,8 @@ _TABLE = """
 2   accounts.pace
 1   accounts.helperwire
 0   accounts.supervisor
+5   cli.show
+4   cli.common
 """
 """`a.*` stands for every module of `a` that has no rank of its own."""
 

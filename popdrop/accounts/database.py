@@ -319,9 +319,20 @@ class AccountsDatabase:
 
     # What they change
 
-    def add(self, name: bytes, password: Secret | None = None, apop: Secret | None = None) -> None:
+    def add(
+        self,
+        name: bytes,
+        password: Secret | None = None,
+        apop: Secret | None = None,
+        scope: Scope = ANYTHING,
+    ) -> None:
         """A new account. Raises `Refused` for an existing or unacceptable name or bad words."""
-        self._write(checked_name(name), True, password, apop, {})
+        facts: dict[str, object] = {
+            "expires": scope.expires,
+            "networks": rows.networks_text(scope.networks),
+            "read_only": scope.read_only,
+        }
+        self._write(checked_name(name), True, password, apop, facts)
 
     def change(
         self,
@@ -354,6 +365,20 @@ class AccountsDatabase:
     def set_apop(self, name: bytes, secret: Secret | None) -> None:
         """Set or remove the APOP secret, as `change`."""
         self.change(name, apop=secret)
+
+    def drop_apop(self, name: bytes | None = None) -> int:
+        """Remove the APOP secret of an account, or all there are. How many there were.
+
+        As in qpopper's database, where nothing is left nobody is left: an account goes, too, unless
+        it has a password, an app password, or is disabled or narrowed.
+        """
+        with self._administration() as opened, transaction(opened.connection):
+            gone = rows.with_apop(opened.connection, name)
+            for each in gone:
+                rows.put(opened.connection, each, APOP, None)
+                self._stamp(opened, each)
+                rows.delete_if_bare(opened.connection, each)
+        return len(gone)
 
     def disable(self, name: bytes) -> None:
         """No login from now on; the verifiers are kept. As `change`."""
@@ -429,8 +454,10 @@ class AccountsDatabase:
     def delete_app_password(self, name: bytes, label: str) -> None:
         """Take an app password back, at once. Raises `Refused` when there is none."""
         with self._administration() as opened, transaction(opened.connection):
+            # A label that cannot be printed, as one that is not UTF-8, is nobody's.
             gone = opened.connection.execute(
-                "DELETE FROM app_password WHERE name = ? AND label = ?", (name, label)
+                "DELETE FROM app_password WHERE name = ? AND label = ?",
+                (name, label if label.isprintable() else ""),
             )
             if not gone.rowcount:
                 raise Refused(f"{shown(name)} has no app password of that label")

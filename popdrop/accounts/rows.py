@@ -149,6 +149,23 @@ def verifiers(connection: sqlite3.Connection, name: bytes | None = None) -> list
     return connection.execute(statement, (name,)).fetchall()
 
 
+def with_apop(connection: sqlite3.Connection, name: bytes | None = None) -> list[bytes]:
+    """The names of the accounts with an APOP secret, or the one of them that has that name."""
+    statement = "SELECT name FROM verifier WHERE kind = ? AND (? IS NULL OR name = ?) ORDER BY name"
+    return [row[0] for row in connection.execute(statement, (APOP, name, name))]
+
+
+def delete_if_bare(connection: sqlite3.Connection, name: bytes) -> None:
+    """Remove an account that cannot log in, and keeps nobody out either."""
+    connection.execute(
+        "DELETE FROM accounts WHERE name = ?1 AND NOT disabled AND NOT read_only"
+        " AND networks = '' AND expires IS NULL"
+        " AND NOT EXISTS (SELECT 1 FROM verifier WHERE name = ?1)"
+        " AND NOT EXISTS (SELECT 1 FROM app_password WHERE name = ?1)",
+        (name,),
+    )
+
+
 def app_passwords(connection: sqlite3.Connection, name: bytes) -> list[AppPassword]:
     """Those of an account, by label."""
     rows = connection.execute(_APP_PASSWORDS, (name,)).fetchall()

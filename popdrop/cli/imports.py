@@ -25,7 +25,7 @@ from popdrop.accounts.database import (
 )
 from popdrop.accounts.importers import FORMATS, Found, Item, Trouble, Unreadable, Use, read, serving
 from popdrop.accounts.rows import Entry
-from popdrop.cli.user import STRONG_APOP_OCTETS, db_option
+from popdrop.cli.common import STRONG_APOP_OCTETS, db_option
 
 ADD: Final = "add"
 REPLACE: Final = "replace"

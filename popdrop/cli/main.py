@@ -8,8 +8,10 @@ import click
 
 import popdrop as package
 from popdrop.accounts.database import Refused
+from popdrop.cli.apppasswords import app_password
 from popdrop.cli.fsck import fsck
 from popdrop.cli.imports import export_accounts, import_accounts
+from popdrop.cli.show import list_accounts, show_account
 from popdrop.cli.user import user
 from popdrop.errors import ConfigError, PopdropError
 
@@ -36,7 +38,7 @@ def popdrop() -> None:
     """
 
 
+for command in (list_accounts, show_account, app_password, import_accounts, export_accounts):
+    user.add_command(command)
 popdrop.add_command(fsck)
-user.add_command(import_accounts)
-user.add_command(export_accounts)
 popdrop.add_command(user)

@@ -1,62 +1,33 @@
-"""`popdrop user`: accounts, their passwords and their APOP secrets."""
+"""`popdrop user`: accounts, their passwords, their APOP secrets, and what narrows them."""
 
 from __future__ import annotations
 
-import getpass
-import json
 import os
 import secrets
 import sys
-from collections.abc import Callable
-from datetime import UTC, datetime
-from typing import Any, NoReturn
+from typing import Final
 
 import click
-from click.exceptions import Abort, Exit
 
-from popdrop.accounts.database import (
-    KEEP,
-    AccountsDatabase,
-    Keep,
-    Refused,
-    checked_name,
-    checked_words,
-    shown,
+from popdrop.accounts.database import KEEP, Keep, Refused, checked_name, shown
+from popdrop.cli.common import (
+    Command,
+    Place,
+    Worded,
+    asked_words,
+    checked,
+    database_options,
+    exclude,
+    first_line,
+    note_apop,
+    octets,
+    scope_of,
+    scope_options,
+    warn_past,
 )
-from popdrop.accounts.rows import Entry
-from popdrop.credentials import prepared
-from popdrop.errors import BadCredentials
-from popdrop.places import default_database
-from popdrop.values import Secret
+from popdrop.values import Network, Secret
 
-STRONG_APOP_OCTETS = 16
-GENERATED_OCTETS = 24
-_LINE_OCTETS = 4096
-
-APOP_RULE = (
-    "Note: {name} has an APOP secret now. Cleartext login (USER and PASS, AUTH PLAIN, AUTH LOGIN)"
-    " is refused to this account, also under TLS, unless the server runs with"
-    " `--cleartext always` or `--apop-users allow`."
-)
-SHORT_APOP = (
-    f"Warning: fewer than {STRONG_APOP_OCTETS} octets. Whoever records an APOP login can guess"
-    " the secret off line; `--generate` makes one that cannot be guessed."
-)
-
-Command = Callable[..., Any]
-
-
-def _default_db() -> str:
-    return default_database(os.environ, os.geteuid())
-
-
-db_option = click.option(
-    "--db",
-    metavar="FILE",
-    default=_default_db,
-    help="The accounts database. Default: $XDG_STATE_HOME/popdrop/accounts.db, or as root"
-    " /var/lib/popdrop/accounts.db.",
-)
+GENERATED_OCTETS: Final = 24
 
 
 def words_options(command: Command) -> Command:
@@ -76,29 +47,45 @@ def user() -> None:
     """Accounts: who may log in, and with what."""
 
 
-@user.command()
-@db_option
+@user.command(cls=Worded)
+@database_options
 @words_options
+@scope_options
 @click.argument("name")
-def add(name: str, db: str, apop: bool, both: bool, from_stdin: bool, generate: bool) -> None:
+def add(
+    name: str,
+    place: Place,
+    apop: bool,
+    both: bool,
+    from_stdin: bool,
+    generate: bool,
+    expires: int | Keep | None,
+    networks: tuple[Network, ...] | Keep,
+    read_only: bool | Keep,
+) -> None:
     """Add the account NAME. Makes the database when there is none."""
-    _exclude(apop=apop, both=both)
-    _exclude(stdin=from_stdin, generate=generate)
-    canonical = checked_name(_octets(name))
-    if os.path.lexists(db) and _open(db).has(canonical):
+    exclude(apop=apop, both=both)
+    exclude(stdin=from_stdin, generate=generate)
+    canonical = checked_name(octets(name))
+    if os.path.lexists(place.db) and place.open().has(canonical):
         raise Refused(f"{shown(canonical)}: there is such an account already; `passwd` changes it")
     words = _words(from_stdin, generate)
-    if AccountsDatabase.create(db):
-        click.echo(f"Made the accounts database {os.path.realpath(db)}", err=generate)
-    accounts = _open(db)
-    accounts.add(canonical, None if apop else words, words if apop or both else None)
+    if place.create():
+        click.echo(f"Made the accounts database {os.path.realpath(place.db)}", err=generate)
+    accounts = place.open()
+    accounts.add(
+        canonical,
+        None if apop else words,
+        words if apop or both else None,
+        scope_of(expires, networks, read_only),
+    )
     accounts.close()
     click.echo(f"Added {shown(canonical)} to {accounts.path}", err=generate)
     _conclude(canonical, words, apop or both, generate)
 
 
-@user.command()
-@db_option
+@user.command(cls=Worded)
+@database_options
 @words_options
 @click.option(
     "--remove",
@@ -108,7 +95,7 @@ def add(name: str, db: str, apop: bool, both: bool, from_stdin: bool, generate: 
 @click.argument("name")
 def passwd(
     name: str,
-    db: str,
+    place: Place,
     apop: bool,
     both: bool,
     from_stdin: bool,
@@ -116,9 +103,9 @@ def passwd(
     remove: str | None,
 ) -> None:
     """Change the password, or with --apop the APOP secret, of NAME."""
-    _exclude(apop=apop, both=both, remove=remove is not None)
-    _exclude(stdin=from_stdin, generate=generate, remove=remove is not None)
-    accounts, canonical = _account(db, name)
+    exclude(apop=apop, both=both, remove=remove is not None)
+    exclude(stdin=from_stdin, generate=generate, remove=remove is not None)
+    accounts, canonical = place.account(name)
     words = Secret(b"")
     password: Secret | Keep | None = KEEP
     secret: Secret | Keep | None = KEEP
@@ -136,13 +123,13 @@ def passwd(
     _conclude(canonical, words, apop or both, generate)
 
 
-@user.command()
-@db_option
+@user.command(cls=Worded)
+@database_options
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @click.argument("name")
-def delete(name: str, db: str, yes: bool) -> None:
+def delete(name: str, place: Place, yes: bool) -> None:
     """Delete the account NAME. Its mail is not touched."""
-    accounts, canonical = _account(db, name)
+    accounts, canonical = place.account(name)
     if not yes and sys.stdin.isatty():
         click.confirm(f"Delete the account {shown(canonical)}?", abort=True)
     accounts.delete(canonical)
@@ -150,135 +137,106 @@ def delete(name: str, db: str, yes: bool) -> None:
     click.echo(f"Deleted {shown(canonical)} from {accounts.path}; the mail was not touched")
 
 
-@user.command()
-@db_option
+@user.command(cls=Worded)
+@database_options
+@click.argument("old")
+@click.argument("new")
+def rename(old: str, new: str, place: Place) -> None:
+    """Give the account OLD the name NEW. Its mail stays where it is: move it yourself.
+
+    Passwords, APOP secret and app passwords come along. Nobody can log in as OLD any more.
+    """
+    accounts, canonical = place.account(old)
+    accounts.rename(canonical, octets(new))
+    accounts.close()
+    click.echo(
+        f"Renamed {shown(canonical)} to {shown(checked_name(octets(new)))} in {accounts.path};"
+        " the mail was not touched"
+    )
+
+
+@user.command(cls=Worded)
+@database_options
+@scope_options
 @click.argument("name")
-def disable(name: str, db: str) -> None:
+def change(
+    name: str,
+    place: Place,
+    expires: int | Keep | None,
+    networks: tuple[Network, ...] | Keep,
+    read_only: bool | Keep,
+) -> None:
+    """Change until when, from where, and whether only to read, NAME may log in."""
+    if expires is KEEP and networks is KEEP and read_only is KEEP:
+        raise click.UsageError(
+            "Nothing to change: give --expires, --networks, --read-only or --read-write."
+        )
+    accounts, canonical = place.account(name)
+    accounts.change(canonical, expires=expires, networks=networks, read_only=read_only)
+    accounts.close()
+    click.echo(f"Changed {shown(canonical)} in {accounts.path}")
+    warn_past(expires)
+
+
+@user.command(cls=Worded)
+@database_options
+@click.argument("name")
+def disable(name: str, place: Place) -> None:
     """Let NAME log in no more; password and secret are kept."""
-    accounts, canonical = _account(db, name)
+    accounts, canonical = place.account(name)
     accounts.disable(canonical)
     accounts.close()
     click.echo(f"Disabled {shown(canonical)} in {accounts.path}")
 
 
-@user.command()
-@db_option
+@user.command(cls=Worded)
+@database_options
 @click.argument("name")
-def enable(name: str, db: str) -> None:
+def enable(name: str, place: Place) -> None:
     """Let NAME log in again after `disable`."""
-    accounts, canonical = _account(db, name)
+    accounts, canonical = place.account(name)
     accounts.enable(canonical)
     accounts.close()
     click.echo(f"Enabled {shown(canonical)} in {accounts.path}")
 
 
-@user.command("list")
-@db_option
-@click.option("--json", "as_json", is_flag=True, help="Print a JSON array of objects.")
-def list_accounts(db: str, as_json: bool) -> None:
-    """List all accounts: a table on a terminal, else one plain line each. No secrets."""
-    accounts = _open(db)
-    entries = accounts.entries()
+@user.command(cls=Worded)
+@database_options
+@click.option(
+    "--to",
+    metavar="SOURCE",
+    help="Where the new key is, as --key. A file is made when there is none. Default: a new"
+    " random key in the place of the old one.",
+)
+def rekey(place: Place, to: str | None) -> None:
+    """Seal all secrets anew, under a new key. A running server goes on without a pause.
+
+    After --to, tell the server too: `--auth accounts:FILE:key=SOURCE`, and start it again.
+    """
+    accounts = place.open()
+    count = accounts.rekey(to)
     accounts.close()
-    if as_json:
-        click.echo(json.dumps([_facts(entry) for entry in entries], indent=2))
-    elif sys.stdout.isatty():
-        _print_table(entries)
-    else:
-        for entry in entries:
-            facts = _facts(entry)
-            name = facts.pop("name")
-            cells = (f"{key}={_word(value)}" for key, value in facts.items())
-            click.echo(f"{name} {' '.join(cells)}")
-
-
-def _facts(entry: Entry) -> dict[str, str | bool]:
-    changed = datetime.fromtimestamp(entry.changed, UTC)
-    return {
-        "name": shown(entry.name),
-        "password": entry.has_password,
-        "apop": entry.has_apop,
-        "disabled": entry.disabled,
-        "changed": changed.strftime("%Y-%m-%dT%H:%M:%SZ"),
-    }
-
-
-def _word(value: str | bool) -> str:
-    return value if isinstance(value, str) else "yes" if value else "no"
-
-
-def _print_table(entries: list[Entry]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table()
-    for title in ("Name", "Password", "APOP", "Disabled", "Changed (UTC)"):
-        table.add_column(title)
-    for entry in entries:
-        cells = [_word(value) for value in _facts(entry).values()]
-        # Text and not str: a name may hold what looks like rich's mark-up.
-        table.add_row(*(Text(cell) for cell in cells), style="dim" if entry.disabled else None)
-    Console().print(table)
-
-
-def _open(db: str) -> AccountsDatabase:
-    return AccountsDatabase(db)
-
-
-def _account(db: str, name: str) -> tuple[AccountsDatabase, bytes]:
-    """The open database and the canonical name of an account in it. Raises `Refused`."""
-    accounts = _open(db)
-    try:
-        canonical = prepared(_octets(name))
-    except BadCredentials:
-        canonical = b""
-    if not accounts.has(canonical):
-        raise Refused(f"{shown(_octets(name))}: no such account in {accounts.path}")
-    return accounts, canonical
-
-
-def _octets(argument: str) -> bytes:
-    return argument.encode("utf-8", "surrogateescape")
-
-
-def _exclude(**given: bool) -> None:
-    names = [f"--{option}" for option, is_given in given.items() if is_given]
-    if len(names) > 1:
-        raise click.UsageError(f"{' and '.join(names)} exclude each other.")
+    click.echo(f"Sealed {count} secrets in {accounts.path} under a new key; back both up")
+    if to is not None:
+        click.echo(
+            f"Start the server with `--auth accounts:{accounts.path}:key=SOURCE` from now on, and"
+            " give --key here",
+            err=True,
+        )
 
 
 def _words(from_stdin: bool, generate: bool) -> Secret:
     if generate:
         return Secret(secrets.token_urlsafe(GENERATED_OCTETS).encode("ascii"))
     if from_stdin:
-        line = sys.stdin.buffer.readline(_LINE_OCTETS)
-        return _checked(line.removesuffix(b"\n").removesuffix(b"\r"))
+        return checked(first_line())
     if not sys.stdin.isatty():
         raise click.UsageError("Standard input is no terminal: use --stdin or --generate.")
-    try:
-        first = getpass.getpass("New password:")
-        again = getpass.getpass("Retype new password:")
-    except (EOFError, UnicodeDecodeError):
-        raise Abort from None
-    if first != again:
-        _fail("Mismatch - password unchanged.")
-    return _checked(_octets(first))
-
-
-def _checked(words: bytes) -> Secret:
-    return Secret(checked_words(Secret(words)))
-
-
-def _fail(line: str) -> NoReturn:
-    click.echo(line, err=True)
-    raise Exit(1)
+    return asked_words()
 
 
 def _conclude(name: bytes, words: Secret, has_apop: bool, generate: bool) -> None:
     if has_apop:
-        if len(words.reveal()) < STRONG_APOP_OCTETS:
-            click.echo(SHORT_APOP, err=True)
-        click.echo(APOP_RULE.format(name=shown(name)), err=True)
+        note_apop(name, words)
     if generate:
         click.echo(words.reveal().decode("ascii"))
