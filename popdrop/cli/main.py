@@ -11,6 +11,7 @@ from popdrop.accounts.database import Refused
 from popdrop.cli.apppasswords import app_password
 from popdrop.cli.fsck import fsck
 from popdrop.cli.imports import export_accounts, import_accounts
+from popdrop.cli.popauth import popauth
 from popdrop.cli.show import list_accounts, show_account
 from popdrop.cli.user import user
 from popdrop.errors import ConfigError, PopdropError
@@ -41,4 +42,5 @@ def popdrop() -> None:
 for command in (list_accounts, show_account, app_password, import_accounts, export_accounts):
     user.add_command(command)
 popdrop.add_command(fsck)
+popdrop.add_command(popauth)
 popdrop.add_command(user)
