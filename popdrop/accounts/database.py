@@ -49,6 +49,7 @@ NEXT_KEY: Final = ".next"
 _LABEL = re.compile(r"[^\s-][^\x00-\x1f\x7f]*").fullmatch
 _NOT_OURS: Final = ("unable to open database file", "attempt to write a readonly database")
 """What SQLite says about files that we have no rights to."""
+_LOCKED: Final = "database is locked"
 _NO_SPACE: Final = ("disk I/O error", "database or disk is full")
 """What it says on a full disk: the first already when it is opened."""
 
@@ -803,6 +804,8 @@ def _reason(error: Exception) -> str:
     text = text or str(error)
     if isinstance(error, PermissionError) or text in _NOT_OURS:
         text += "; the file's owner or root can"
+    if text == _LOCKED:
+        text += "; another program is changing it: try again"
     if text in _NO_SPACE:
         text += "; look whether its disk is full"
     return text

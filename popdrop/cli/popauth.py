@@ -124,7 +124,7 @@ def weakness(words: bytes) -> str | None:
 
 
 def _initialize(place: Place) -> None:
-    if os.path.lexists(place.db):
+    if not _is_absent(place.db):
         _demand_rights(place, "init the database")
     elif place.create():
         return
@@ -263,6 +263,16 @@ def _has_rights(place: Place) -> bool:
         return os.stat(place.db).st_uid == os.geteuid()
     except OSError:
         return False
+
+
+def _is_absent(path: str) -> bool:
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
 
 
 def _demand_rights(place: Place, what: str) -> None:
