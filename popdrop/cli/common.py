@@ -337,8 +337,9 @@ def print_table(titles: Iterable[str], rows: Iterable[tuple[list[str], bool]]) -
 
     table = Table()
     for title in titles:
-        table.add_column(title.rstrip(), overflow="fold", no_wrap=not title.endswith(" "))
+        # Text and not str, here and below: a name may hold what looks like rich's mark-up.
+        heading = Text(title.rstrip())
+        table.add_column(heading, overflow="fold", no_wrap=not title.endswith(" "))
     for cells, dimmed in rows:
-        # Text and not str: a name may hold what looks like rich's mark-up.
         table.add_row(*(Text(cell) for cell in cells), style="dim" if dimmed else None)
     Console().print(table)
