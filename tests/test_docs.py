@@ -363,19 +363,55 @@ class RunTests(SynchronousTestCase):
     def test_accounts(self) -> None:
         """The lines of the guide, in order. The database is put where the test has its folder."""
         self.environment["XDG_STATE_HOME"] = str(self.folder)
-        database = self.folder / "accounts.db"
+        self.environment["POPDROP_DB"] = str(self.folder / "accounts.db")
         (self.folder / "carol.password").write_text(PASSWORD + "\n")
         found = blocks("accounts")
         self.assertTrue(found)
         for block in found:
             for line, _ in block.steps():
-                with_db = re.sub(r"^(popdrop user [a-z]+)", rf"\1 --db {database}", line)
-                said = self.shell(with_db, PASSWORD + "\n")
-                self.assertNotIn(PASSWORD, said)
-        listed = self.shell(f"popdrop user list --db {database}")
+                self.assertNotIn(PASSWORD, self.shell(line, PASSWORD + "\n"))
+        listed = self.shell("popdrop user list")
         self.assertRegex(listed, r"(?m)^carol password=yes apop=no disabled=no")
         self.assertRegex(listed, r"(?m)^dave password=no apop=yes disabled=no")
-        self.assertNotIn("bob", listed)
+        self.assertNotRegex(listed, "bob|robert")
+
+    def in_place(self, line: str) -> str:
+        """`line` with the folders of the system in the test's, and no owner but the test."""
+        for name in ("/var/lib/popdrop", "/var/backups/popdrop", "/etc/popdrop"):
+            line = line.replace(name, str(self.folder) + name)
+        return line.replace("-o popdrop -g popdrop ", "")
+
+    def test_keys(self) -> None:
+        """Backup, another key, and back: with the old database the old secrets open again."""
+        if shutil.which("sqlite3") is None:
+            raise SkipTest("sqlite3 is missing: install the Debian package sqlite3")
+        for name in ("var/lib/popdrop", "etc/popdrop"):
+            (self.folder / name).mkdir(0o700, parents=True)
+            (self.folder / name).chmod(0o700)
+        state = self.folder / "var/lib/popdrop"
+        (state / "journal.key").write_bytes(b"x")
+        self.environment["POPDROP_DB"] = str(state / "accounts.db")
+        self.shell("popdrop user add --both bob", PASSWORD + "\n")
+        key = (state / "accounts.db.key").read_bytes()
+        for mark, count in (("backup", 3), ("rekey", 3), ("restore", 2)):
+            lines = [line for block in blocks(mark) for line, _ in block.steps()]
+            self.assertEqual(len(lines), count)
+            for line in lines:
+                self.shell(self.in_place(line))
+            closed = "does not open" in self.shell("popdrop user show bob")
+            self.assertEqual(closed, mark == "rekey")
+            self.assertEqual((state / "accounts.db.key").read_bytes() == key, mark != "rekey")
+
+    def test_app_passwords(self) -> None:
+        self.environment["POPDROP_DB"] = str(self.folder / "accounts.db")
+        self.shell("popdrop user add bob", PASSWORD + "\n")
+        (block,) = blocks("apps")
+        said = [self.shell(line) for line, _ in block.steps()]
+        for words in said[:2]:
+            self.assertRegex(words, r"\A(?:[a-z2-7]{5}-){4}[a-z2-7]{6}\n\Z")
+        self.assertIn("label=telephone", said[2])
+        self.assertIn("networks=192.0.2.7/32", said[2])
+        self.assertNotIn("telephone", self.shell("popdrop user app-password list bob"))
 
     def test_import(self) -> None:
         """The lines of the guide, with a database of gdbm's where qpopper would have it."""
