@@ -30,17 +30,16 @@ COMMANDS: dict[str, tuple[str, ...]] = {
     "user app-password add": ("bob", "tablet"),
     "user app-password list": ("bob",),
     "user app-password delete": ("bob", "telephone"),
+    "user export": (),
+    "user import": ("--format", "list", "--replace", "{list}"),
     "popauth": ("-list",),
 }
-"""With arguments that are good for the database of `setUp`."""
+"""With arguments that are good for the database of `setUp`; `{list}` is a file to import."""
 
 POPAUTH = (("-user", "bob"), ("-delete", "bob"), ("-list", "bob"), ("-init",), ())
 """The other things that popauth does."""
 
-ELSEWHERE = {"user import", "user export"}
-"""Commands with tests of their own."""
-
-READING = {"user list", "user show", "user app-password list"}
+READING = {"user list", "user show", "user app-password list", "user export"}
 
 
 def leaves(command: click.Command, path: str) -> Iterator[str]:
@@ -60,9 +59,12 @@ class DatabaseTests(CommandCase):
         accounts.add(b"bob", Secret(b"hunter2"), Secret(b"tanstaaf"))
         accounts.add_app_password(b"bob", "telephone")
         accounts.close()
+        self.list = os.path.join(self.folder, "list")
+        with open(self.list, "w", encoding="ascii") as file:
+            file.write("bob hunter3\n")
 
     def test_all_commands_are_here(self) -> None:
-        self.assertEqual(set(leaves(popdrop, "")) - ELSEWHERE, set(COMMANDS))
+        self.assertEqual(set(leaves(popdrop, "")), set(COMMANDS))
 
     def test_they_are_good(self) -> None:
         """Else nothing below would be proved."""
@@ -72,6 +74,7 @@ class DatabaseTests(CommandCase):
             self.assertEqual((result.exit_code, result.exception), (0, None), path)
 
     def invoke(self, path: str, words: tuple[str, ...]) -> Result:
+        words = tuple(word.replace("{list}", self.list) for word in words)
         arguments = [*path.split(), "--db", self.db, *words]
         return CliRunner().invoke(popdrop, arguments, input=b"a long secret\na long secret\n")
 
@@ -101,7 +104,7 @@ class DatabaseTests(CommandCase):
     def test_missing(self) -> None:
         os.unlink(self.db)
         before = sorted(os.listdir(self.folder))
-        for path, words in self.every("user add"):
+        for path, words in self.every("user add", "user import"):
             if words == ("-init",) or (path == "popauth" and os.geteuid() != 0):
                 continue
             self.check(path, words, f"{self.db}: no such accounts database", "popdrop user add")

@@ -15,7 +15,6 @@ import click
 from click.exceptions import Exit
 
 from popdrop.accounts.database import (
-    AccountsDatabase,
     Incoming,
     Merged,
     Refused,
@@ -25,7 +24,7 @@ from popdrop.accounts.database import (
 )
 from popdrop.accounts.importers import FORMATS, Found, Item, Trouble, Unreadable, Use, read, serving
 from popdrop.accounts.rows import Entry
-from popdrop.cli.common import STRONG_APOP_OCTETS, db_option
+from popdrop.cli.common import STRONG_APOP_OCTETS, Place, database_options
 
 ADD: Final = "add"
 REPLACE: Final = "replace"
@@ -85,7 +84,7 @@ def _use_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @click.command("import")
-@db_option
+@database_options
 @click.option(
     "--format",
     "form",
@@ -104,7 +103,7 @@ def _use_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @click.argument("files", nargs=-1, required=True, metavar="FILE...")
 def import_accounts(
     files: tuple[str, ...],
-    db: str,
+    place: Place,
     form: str,
     name: str | None,
     dry_run: bool,
@@ -129,15 +128,15 @@ def import_accounts(
         (use_both, Use.BOTH),
     ):
         use = wanted if given else use
-    rows = _rows(_items(files, form, name), use, _existing(db), replace)
+    rows = _rows(_items(files, form, name), use, _existing(place), replace)
     if dry_run:
         _show(rows, as_json)
     else:
-        _merge(db, [row for row in rows if row.taken], replace)
+        _merge(place, [row for row in rows if row.taken], replace)
         if as_json:
             _show(rows, as_json)
         else:
-            _report(db, rows)
+            _report(place, rows)
     _warn(rows)
     if not all(row.taken for row in rows):
         raise Exit(1)
@@ -151,10 +150,10 @@ def _items(files: Sequence[str], form: str, name: str | None) -> list[Item]:
         raise Refused(f"{error}; nothing was imported") from None
 
 
-def _existing(db: str) -> frozenset[bytes]:
-    if not os.path.lexists(db):
+def _existing(place: Place) -> frozenset[bytes]:
+    if not os.path.lexists(place.db):
         return frozenset()
-    accounts = AccountsDatabase(db)
+    accounts = place.open()
     names = frozenset(accounts.names())
     accounts.close()
     return names
@@ -208,12 +207,12 @@ def _brings(item: Found) -> str:
     return "+".join(word for word, there in words if there is not None)
 
 
-def _merge(db: str, rows: Sequence[Row], replace: bool) -> None:
+def _merge(place: Place, rows: Sequence[Row], replace: bool) -> None:
     if not rows:
         return
-    if AccountsDatabase.create(db):
-        click.echo(f"Made the accounts database {os.path.realpath(db)}", err=True)
-    accounts = AccountsDatabase(db)
+    if place.create():
+        click.echo(f"Made the accounts database {os.path.realpath(place.db)}", err=True)
+    accounts = place.open()
     entries = [row.entry for row in rows if row.entry is not None]
     with _progress(len(entries)) as step:
         outcomes = accounts.merge(entries, replace, step)
@@ -266,15 +265,14 @@ def _print_table(rows: Sequence[Row]) -> None:
     Console().print(table)
 
 
-def _report(db: str, rows: Sequence[Row]) -> None:
+def _report(place: Place, rows: Sequence[Row]) -> None:
     for row in rows:
         if not row.taken or row.text:
             click.echo(_line(row), err=True)
     counts = {word: sum(row.outcome == word for row in rows) for word in (ADD, REPLACE)}
     left = len(rows) - sum(counts.values())
-    click.echo(
-        f"Added {counts[ADD]}, replaced {counts[REPLACE]}, left {left} in {os.path.realpath(db)}"
-    )
+    path = os.path.realpath(place.db)
+    click.echo(f"Added {counts[ADD]}, replaced {counts[REPLACE]}, left {left} in {path}")
 
 
 def _warn(rows: Sequence[Row]) -> None:
@@ -291,7 +289,7 @@ def _warn(rows: Sequence[Row]) -> None:
 
 
 @click.command("export")
-@db_option
+@database_options
 @click.option(
     "--format",
     "form",
@@ -301,12 +299,12 @@ def _warn(rows: Sequence[Row]) -> None:
     help="JSON lines, an object an account; or a passwd-file as Dovecot's.",
 )
 @click.option("--with-hashes", is_flag=True, help="With the hashes of the passwords.")
-def export_accounts(db: str, form: str, with_hashes: bool) -> None:
+def export_accounts(place: Place, form: str, with_hashes: bool) -> None:
     """Print all accounts: names, facts, and when asked for the hashes of their passwords.
 
     APOP secrets are never exported: back up the database and its key for those.
     """
-    accounts = AccountsDatabase(db)
+    accounts = place.open()
     entries = accounts.entries()
     for entry in entries:
         hashed = None
