@@ -19,6 +19,7 @@ exclude_patterns = ["_build"]
 nitpicky = True
 highlight_language = "none"
 
+smartquotes_action = "qe"  # no dashes: help texts name options
 html_theme = "furo"
 html_title = f"Popdrop {release}"
 html_copy_source = False

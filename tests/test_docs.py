@@ -402,6 +402,13 @@ class RunTests(SynchronousTestCase):
             self.assertEqual(closed, mark == "rekey")
             self.assertEqual((state / "accounts.db.key").read_bytes() == key, mark != "rekey")
 
+    def test_popauth(self) -> None:
+        self.environment["POPDROP_DB"] = str(self.folder / "accounts.db")
+        (block,) = blocks("popauth")
+        said = [self.shell(line, f"{PASSWORD}\n" * 2) for line, _ in block.steps()]
+        self.assertEqual(said, ["", "", "bob\n", ""])
+        self.assertEqual(self.shell("popdrop popauth -list"), "")
+
     def test_app_passwords(self) -> None:
         self.environment["POPDROP_DB"] = str(self.folder / "accounts.db")
         self.shell("popdrop user add bob", PASSWORD + "\n")
