@@ -53,7 +53,7 @@ def options() -> Iterator[str]:
         yield f".. option:: --{long}{' VALUE' if takes else ''}"
         yield ""
         yield "   " + _literal_braces(text.strip())
-        if default is not None:
+        if default not in (None, ""):
             yield (
                 f"   Default: ``{default:g}``."
                 if isinstance(default, float)
