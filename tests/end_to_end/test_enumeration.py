@@ -6,8 +6,9 @@ How long they take is measured by `python -m benchmarks.enumeration`, and is no 
 from __future__ import annotations
 
 import re
+from base64 import b64decode
 
-from benchmarks.mechanisms import MECHANISMS, Client
+from benchmarks.mechanisms import AT_ONCE, CLEARTEXT, MECHANISMS, Client
 from popdrop.accounts.database import AccountsDatabase
 from tests.end_to_end.test_server import ServerCase
 
@@ -29,6 +30,13 @@ class Hasty:
         return b""
 
 
+def shape(line: bytes) -> bytes:
+    """A challenge without its random octets, but with their lengths."""
+    text = b64decode(line[2:], validate=True)
+    text = re.sub(rb"(?<=[<.])[0-9a-f]{32}", b"NONCE", text)
+    return re.sub(rb"(?<=[rsv]=)[^,]*", lambda match: b"%d" % len(match[0]), text)
+
+
 class EnumerationCase(ServerCase):
     def setUp(self) -> None:
         super().setUp()
@@ -45,8 +53,9 @@ class EnumerationCase(ServerCase):
 
     @staticmethod
     def without(user: bytes, answers: list[bytes]) -> list[bytes]:
-        """The answers without the name that the client itself has typed."""
-        return [line.replace(b" for " + user + b".", b" for NAME.") for line in answers]
+        """The answers without the name that the client itself has typed, and what is random."""
+        plain = [line.replace(b" for " + user + b".", b" for NAME.") for line in answers]
+        return [shape(line) if line.startswith(b"+ ") else line for line in plain]
 
     def answers(self, name: str, user: bytes, secret: bytes) -> list[bytes]:
         with Client(self.server.port) as client:
@@ -72,6 +81,8 @@ class TextTests(EnumerationCase):
         for name in MECHANISMS:
             seen = {}
             for case, (user, secret, reason) in cases.items():
+                if name.startswith("SCRAM") and reason != "bad-credentials":
+                    continue  # who knows the password is told that the server knows it, too
                 seen[case] = self.answers(name, user, secret)
                 self.assertEqual(seen[case][-2:], [FAILED, b"-ERR log in first"], (name, case))
                 line = server.wait_for(r" failure user=.*")[0]
@@ -85,7 +96,7 @@ class TextTests(EnumerationCase):
         """Refused with the right password as with a wrong one."""
         self.serve("--cleartext", "tls")
         for name in MECHANISMS:
-            if name != "APOP":
+            if name in CLEARTEXT:
                 for secret in (b"both kinds", b"wrong"):
                     self.assertEqual(self.answers(name, b"alice", secret)[-2], FAILED, name)
         self.assertTrue(self.answers("APOP", b"alice", b"both kinds")[0].startswith(b"+OK"))
@@ -137,9 +148,7 @@ class LogTests(EnumerationCase):
     def test_a_failure_is_logged_before_it_is_answered(self) -> None:
         """Also that of a client which does not wait for the answer."""
         server = self.serve("--throttle", "memory")
-        for name in MECHANISMS:
-            if name == "PLAIN in two":
-                continue
+        for name in sorted(AT_ONCE):
             with Client(server.port) as client:
                 MECHANISMS[name](Hasty(client), b"bob", b"wrong")
                 line = server.wait_for(r" failure user=\"bob\".*")[0]
