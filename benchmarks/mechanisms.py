@@ -107,6 +107,8 @@ def _scram(mechanism: bytes, algorithm: str) -> Mechanism:
     def exchange(client: Client, name: bytes, secret: bytes) -> list[bytes]:
         first = b"n=" + name + b",r=" + token_hex(16).encode("ascii")
         challenge = client.ask(b"AUTH " + mechanism + b" " + b64encode(b"n,," + first))
+        if not challenge.startswith(b"+ "):
+            return [challenge]
         server_first = b64decode(challenge[2:])
         fields = dict(each.split(b"=", 1) for each in server_first.split(b","))
         salted = _salted(algorithm, secret, b64decode(fields[b"s"]), int(fields[b"i"]))

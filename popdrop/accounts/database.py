@@ -195,18 +195,16 @@ class AccountsDatabase:
         if not acceptable_name(name):
             return None
         with self._serving() as opened:
-            found = opened.connection.execute(rows.LOOKUP, (name,)).fetchall()
+            found = opened.connection.execute(rows.LOOKUP, (name,)).fetchone()
             # For unknown names too: the same work.
             facts = self._system.of(name)
             account = self._account(opened, name, found or rows.NOBODY, facts)
             return account if found else None
 
     def _account(
-        self, opened: Opened, name: bytes, found: list[Any], facts: pwd.struct_passwd | None
+        self, opened: Opened, name: bytes, found: Any, facts: pwd.struct_passwd | None
     ) -> Account:
-        disabled, version, expires, networks, read_only = found[0][:5]
-        values = {row[5]: row[6] for row in found}
-        hashed, sealed = values.get(PASSWORD), values.get(APOP)
+        disabled, version, expires, networks, read_only, scrams, hashed, sealed = found
         vault = self._vault_of(opened)
         apop = None
         if sealed is not None:
@@ -225,26 +223,25 @@ class AccountsDatabase:
             shell=None if facts is None else facts.pw_shell,
             apop_sealed=sealed is not None and apop is None,
             scope=rows.scope(read_only, networks, expires),
-            lacks_scram=hashed is not None
-            and self.can_apop
-            and not values.keys() >= scram.ALL_KINDS,
+            lacks_scram=hashed is not None and vault is not None and scrams < len(scram.KINDS),
         )
 
     def scram(self, name: bytes, algorithm: str) -> ScramVerifier:
         """As `IScramAccounts.scram`. Raises `TemporaryFailure`."""
         kind = scram.KINDS[algorithm]
-        sealed: list[bytes] = []
         with self._serving() as opened:
+            sealed = None
             if acceptable_name(name):
-                found = rows.verifiers(opened.connection, name)
-                sealed = [value for _, each, value in found if each == kind]
+                sealed = rows.verifier(opened.connection, name, kind)
             vault = self._vault_of(opened)
             if vault is None:
                 raise TemporaryFailure("Account cannot be verified.", f"{self._key.what}: gone")
+            # For unknown names too: the same work.
             made_up = scram.decoy(vault.decoy_key, algorithm, name)
-            if not sealed:
+            if sealed is None:
+                vault.open_decoy()
                 return made_up
-            secret = self._unsealed(opened, kind, name, sealed[0])
+            secret = self._unsealed(opened, kind, name, sealed)
         if secret is None:
             raise TemporaryFailure(
                 "Account cannot be verified.", "a SCRAM verifier does not open: the wrong key?"

@@ -21,10 +21,13 @@ LABEL_CHARACTERS: Final = 40
 """The longest name of an app password."""
 
 LOOKUP: Final = (
-    "SELECT a.disabled, a.version, a.expires, a.networks, a.read_only, v.kind, v.value"
-    " FROM accounts AS a LEFT JOIN verifier AS v ON v.name = a.name WHERE a.name = ?"
+    "SELECT a.disabled, a.version, a.expires, a.networks, a.read_only,"
+    " (SELECT count(*) FROM verifier WHERE name = a.name AND kind > 'scram-'),"
+    " (SELECT value FROM verifier WHERE name = a.name AND kind = 'password'),"
+    " (SELECT value FROM verifier WHERE name = a.name AND kind = 'apop')"
+    " FROM accounts AS a WHERE a.name = ?"
 )
-NOBODY: Final = [(0, 0, None, "", 0, None, None)]
+NOBODY: Final = (0, 0, None, "", 0, 0, None, None)
 """What a look-up finds for a name without an account, so that the rest takes as long."""
 _ENTRIES: Final = (
     "SELECT a.name, a.disabled, a.changed, a.expires, a.networks, a.read_only,"
@@ -139,6 +142,13 @@ def put(connection: sqlite3.Connection, name: bytes, kind: str, value: bytes | N
         connection.execute(
             "INSERT INTO verifier (name, kind, value) VALUES (?, ?, ?)", (name, kind, value)
         )
+
+
+def verifier(connection: sqlite3.Connection, name: bytes, kind: str) -> bytes | None:
+    """One verifier of an account."""
+    statement = "SELECT value FROM verifier WHERE name = ? AND kind = ?"
+    row = connection.execute(statement, (name, kind)).fetchone()
+    return None if row is None else row[0]
 
 
 def verifiers(connection: sqlite3.Connection, name: bytes | None = None) -> list[Any]:

@@ -34,7 +34,7 @@ def shape(line: bytes) -> bytes:
     """A challenge without its random octets, but with their lengths."""
     text = b64decode(line[2:], validate=True)
     text = re.sub(rb"(?<=[<.])[0-9a-f]{32}", b"NONCE", text)
-    return re.sub(rb"(?<=[rsv]=)[^,]*", lambda match: b"%d" % len(match[0]), text)
+    return re.sub(rb"((?:^|,)[rsv]=)([^,]*)", lambda match: match[1] + b"%d" % len(match[2]), text)
 
 
 class EnumerationCase(ServerCase):
