@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ from popdrop.errors import (
     PermanentFailure,
     TemporaryFailure,
 )
-from popdrop.values import Account, Secret
+from popdrop.values import Account, Scope, Secret
 from tests.end_to_end.harness import DEADLINE, ROOT, environment
 from tests.helper_backends import REGISTRY, Words
 
@@ -82,9 +83,20 @@ ids = st.none() | st.integers(0, 2**32 - 1)
 paths = st.none() | st.text(
     st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]), min_size=1, max_size=200
 )
+networks = st.ip_addresses().map(ip_network) | st.sampled_from(
+    [ip_network("10.0.0.0/8"), ip_network("2001:db8::/32")]
+)
+scopes = st.builds(
+    Scope,
+    st.booleans(),
+    st.lists(networks, max_size=20).map(tuple),
+    st.none() | st.integers(-(2**63), 2**63 - 1),
+)
 accounts = st.builds(
-    lambda name, uid, gid, home, shell: Account(name, uid=uid, gid=gid, home=home, shell=shell),
-    *(names, ids, ids, paths, paths),
+    lambda name, uid, gid, home, shell, disabled, scope: Account(
+        name, uid=uid, gid=gid, home=home, shell=shell, disabled=disabled, scope=scope
+    ),
+    *(names, ids, ids, paths, paths, st.booleans(), scopes),
 )
 
 

@@ -18,13 +18,14 @@ from __future__ import annotations
 import struct
 from dataclasses import dataclass
 from enum import IntEnum
+from ipaddress import ip_network
 from typing import Final
 
-from popdrop.values import Account, Secret
+from popdrop.values import ANYTHING, Account, Scope, Secret
 
 VERSION: Final = 1
 LONGEST: Final = 4096
-"""Octets of a message. The longest that is allowed by the fields has 2,326."""
+"""Octets of a message. The longest that is allowed by the fields has 3,178."""
 
 NAME_OCTETS: Final = 64
 SECRET_OCTETS: Final = 512
@@ -33,11 +34,15 @@ CHALLENGE_OCTETS: Final = 400
 """Of a greeting's msg-id."""
 DIGEST_OCTETS: Final = 32
 PATH_OCTETS: Final = 1024
+NETWORKS_OCTETS: Final = 1024
 DETAIL_OCTETS: Final = 200
 
 _HEAD: Final = struct.Struct("!BBBQ")
 _LENGTH: Final = struct.Struct("!H")
 _ID: Final = struct.Struct("!I")
+_LIMITS: Final = struct.Struct("!B?q")
+_DISABLED: Final = 1
+_READ_ONLY: Final = 2
 
 
 class Malformed(Exception):
@@ -82,7 +87,11 @@ _SHAPES: Final[dict[int, Bounds]] = {
     # Self-service: an old secret is given or not, so there is an octet that says which.
     Kind.HAS: (),
     Kind.SET: ((0, 1), _WORDS, (1, SECRET_OCTETS)),
-    Kind.GOOD: (_NAME, _OPTIONAL_ID, _OPTIONAL_ID, _PATH, _PATH),
+    Kind.GOOD: (
+        *(_NAME, _OPTIONAL_ID, _OPTIONAL_ID, _PATH, _PATH),
+        (_LIMITS.size, _LIMITS.size),
+        (0, NETWORKS_OCTETS),
+    ),
     Kind.NO_SUCH_USER: _DETAIL,
     Kind.NO_VERIFIER: _DETAIL,
     Kind.BAD: _DETAIL,
@@ -214,6 +223,8 @@ def encode_answer(answer: Answer) -> bytearray:
         _id(account.gid),
         _path(account.home),
         _path(account.shell),
+        _limits(account),
+        " ".join(map(str, account.scope.networks)).encode("ascii"),
     ]
     return _packed(answer.kind, 0, answer.number, fields)
 
@@ -230,13 +241,16 @@ def decode_reply(record: bytes | bytearray) -> Answer | Hello | Down:
         return Down(_text(fields[0]))
     if kind is not Kind.GOOD:
         return Answer(kind, number, detail=_text(fields[0]))
-    name, uid_field, gid_field, home, shell = fields
+    name, uid_field, gid_field, home, shell, limits, networks = fields
+    disabled, scope = _limits_of(limits, networks)
     account = Account(
         name,
         uid=_id_of(uid_field),
         gid=_id_of(gid_field),
         home=_path_of(home),
         shell=_path_of(shell),
+        disabled=disabled,
+        scope=scope,
     )
     return Answer(kind, number, account)
 
@@ -353,6 +367,28 @@ def _id_of(field: bytes) -> int | None:
     if len(field) != _ID.size:
         raise Malformed("a number of another length")
     return int.from_bytes(field, "big")
+
+
+def _limits(account: Account) -> bytes:
+    """What a checker knows against a login that is good: left out, it would let in too many."""
+    scope = account.scope
+    marks = (_DISABLED if account.disabled else 0) | (_READ_ONLY if scope.read_only else 0)
+    try:
+        return _LIMITS.pack(marks, scope.expires is not None, scope.expires or 0)
+    except struct.error:
+        raise ValueError("the time at which it expires is out of range") from None
+
+
+def _limits_of(field: bytes, networks: bytes) -> tuple[bool, Scope]:
+    marks, ends, expires = _LIMITS.unpack(field)
+    if marks & ~(_DISABLED | _READ_ONLY) or field[1] > 1 or (expires and not ends):
+        raise Malformed("limits of another kind")
+    try:
+        found = tuple(map(ip_network, networks.decode("ascii").split()))
+    except ValueError:
+        raise Malformed("a network that is none") from None
+    scope = Scope(bool(marks & _READ_ONLY), found, expires if ends else None)
+    return bool(marks & _DISABLED), ANYTHING if scope == ANYTHING else scope
 
 
 def _path(path: str | None) -> bytes:

@@ -205,6 +205,21 @@ class HelperTests(SynchronousTestCase):
         self.assertEqual(self.refused("wrong", "nobody"), b"-ERR [AUTH] Authentication failed.")
         self.assertIn("reason=bad-credentials", self.server.stop())
 
+    def test_limits_of_a_passwd_file(self) -> None:
+        """What the file says against a login holds behind `helper:` too."""
+        home = ":4711:4711::/nonexistent:/bin/sh"
+        self.words.write_text(
+            f"bob:{{PLAIN}}hunter2{home}:allow_nets=127.0.0.0/8\n"
+            f"carol:{{PLAIN}}hunter2{home}:nologin\n"
+            f"dave:{{PLAIN}}hunter2{home}:allow_nets=192.0.2.0/24\n"
+            "erin:{PLAIN}hunter2:0:0:99999:7::365:\n"  # shadow(5): expired on 1971-01-01
+        )
+        self.server = Helped(self, self.folder, "--auth", f"helper:passwd:{self.words}")
+        self.assertEqual(self.login("hunter2").stat()[0], 1)
+        for name in ("carol", "dave", "erin"):
+            told = self.refused("hunter2", name)
+            self.assertEqual(told, b"-ERR [AUTH] Authentication failed.", name)
+
     def test_a_start_that_fails(self) -> None:
         """One line that names the option; nothing stays behind."""
         unsafe = self.folder.path / "open"
