@@ -51,6 +51,7 @@ USER: Final = ("same", "login", "reported")
 _FAILED: Final = "authorization failed"
 _CRASHED: Final = "aack, child crashed"
 _MOST_REPORT: Final = 256 * 1024
+_MOST_READS: Final = 64  # of 64 KiB, before the clock is looked at again
 _BEYOND: Final = 10  # descriptors below are for the child's own
 _MARGIN: Final = 64  # descriptors that other threads may open until the child is there
 
@@ -276,8 +277,11 @@ def _watch(pid: int, pipe: int, deadline: float) -> bytes | None:
 
 
 def _drain(pipe: int, report: bytearray) -> bool:
-    """Read what is there; whether more may come. What is too much is read and forgotten."""
-    while True:
+    """Read what is there; whether more may come. What is too much is read and forgotten.
+
+    Not for ever: one who writes without end must not outlive his time by it.
+    """
+    for _ in range(_MOST_READS):
         try:
             octets = os.read(pipe, 65536)
         except BlockingIOError:
@@ -285,6 +289,7 @@ def _drain(pipe: int, report: bytearray) -> bool:
         if not octets:
             return False
         report += octets[: max(0, _MOST_REPORT - len(report))]
+    return True
 
 
 @contextlib.contextmanager
