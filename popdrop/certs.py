@@ -25,6 +25,7 @@ from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOProtocol
 from zope.interface import implementer
 
+from popdrop.asowner import as_owner
 from popdrop.credentials import acceptable_name
 from popdrop.errors import ConfigError
 from popdrop.selfmade import make as _make
@@ -464,27 +465,18 @@ def self_made(folder: str, hostname: str) -> str:
     """
     path = os.path.join(folder, SELF_MADE)
     option = f"self-made certificate {path}"
-    old = _Reader(option).pair(path, path) if os.path.lexists(path) else None
+    old = None
+    if os.path.lexists(path):
+        with as_owner(folder):
+            old = _Reader(option).pair(path, path)
     now = datetime.now(UTC)
     if old is not None and now < old.leaf.not_valid_after_utc:
         return path
-    new = f"{path}.{secrets.token_hex(8)}"
+    # Before the rights change: this imports, maybe from where only root can read.
+    text = _make(hostname, now)
     try:
-        descriptor = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with open(descriptor, "wb") as file:
-                file.write(_make(hostname, now))
-                file.flush()
-                os.fsync(descriptor)
-            if old is None:
-                os.link(new, path)
-            else:
-                os.rename(new, path)
-        except FileExistsError:
-            pass
-        finally:
-            if os.path.exists(new):
-                os.unlink(new)
+        with as_owner(folder):
+            _put(text, path, new=old is None)
     except OSError as error:
         raise ConfigError(
             f"{option}: cannot be made: {error.strerror}; create the folder {folder}"
@@ -492,6 +484,26 @@ def self_made(folder: str, hostname: str) -> str:
         ) from None
     log.info("Made a self-signed certificate for {name} in {path}", name=hostname, path=path)
     return path
+
+
+def _put(text: bytes, path: str, *, new: bool) -> None:
+    """Make the file, whole or not at all. A `new` one is left out where there is one by now."""
+    draft = f"{path}.{secrets.token_hex(8)}"
+    descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        with open(descriptor, "wb") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(descriptor)
+        if new:
+            os.link(draft, path)
+        else:
+            os.rename(draft, path)
+    except FileExistsError:
+        pass
+    finally:
+        if os.path.exists(draft):
+            os.unlink(draft)
 
 
 def _public_octets(owner: PrivateKey | x509.Certificate) -> bytes:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
 from typing import Any, Final, cast
@@ -44,6 +45,7 @@ from popdrop.accounts.checkers import (
 )
 from popdrop.accounts.database import AccountsDatabase, SystemFacts
 from popdrop.accounts.rosters import RosterFiles
+from popdrop.asowner import give
 from popdrop.demo import Demo
 from popdrop.errors import ConfigError
 from popdrop.factory import POP3Factory
@@ -595,18 +597,19 @@ class Popdrop(Service):
         group = -1 if gid is None else gid
         self._session_log.hand_over(uid, group)
         self._throttle.hand_over(uid, group)
-        made = [self.state_dir] if self._made_state_dir or self._is_all_ours() else []
-        made.append(os.path.join(self.state_dir, certs.SELF_MADE))
-        made += [path for path, is_new in self._store_folders if is_new]
-        for database in self._databases:
-            if os.path.dirname(database.path) == os.path.realpath(self.state_dir):
-                made += [database.path + ending for ending in ENDINGS]
+        made = [path for path, is_new in self._store_folders if is_new]
+        # In a folder that is the user's already he chooses what is there: it has been written to
+        # with his rights (`asowner`), and what root owns there is none of ours.
+        if os.stat(self.state_dir).st_uid == 0:
+            made.append(os.path.join(self.state_dir, certs.SELF_MADE))
+            for database in self._databases:
+                if os.path.dirname(database.path) == os.path.realpath(self.state_dir):
+                    made += [database.path + ending for ending in ENDINGS]
+            # The folder last: until then nobody else can put anything there.
+            made += [self.state_dir] if self._made_state_dir or self._is_all_ours() else []
         for path in made:
-            try:
-                if os.lstat(path).st_uid == 0:
-                    os.chown(path, uid, group, follow_symlinks=False)
-            except FileNotFoundError:
-                continue
+            with suppress(FileNotFoundError):
+                give(path, uid, group)
         self._check_folder(uid)
         for path, _ in self._store_folders:
             owner = os.lstat(path).st_uid

@@ -1,15 +1,18 @@
 """The accounts database: real files, real SQLite."""
 
+import contextlib
 import os
 import pwd
 import shutil
 import sqlite3
+import struct
+import tempfile
 import threading
 from collections.abc import Callable
 from typing import Any
 
 from twisted.python.monkey import MonkeyPatcher
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from popdrop.accounts import database as module
@@ -17,6 +20,7 @@ from popdrop.accounts import rows, sqlitefile
 from popdrop.accounts.database import AccountsDatabase, Refused, SystemFacts
 from popdrop.accounts.secrets import Hasher, load_key
 from popdrop.accounts.sqlitefile import SqliteFile
+from popdrop.asowner import give
 from popdrop.errors import ConfigError, TemporaryFailure
 from popdrop.interfaces import IAccounts
 from popdrop.values import Account, Secret
@@ -32,6 +36,16 @@ class QuickHasher(Hasher):
 class DatabaseCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.folder = os.path.abspath(self.mktemp())
+        os.mkdir(self.folder, 0o700)
+        self.path = os.path.join(self.folder, "accounts.db")
+        self.key_path = self.path + ".key"
+
+    def reachable(self) -> None:
+        """A folder that other users can come to, as trial's may not be."""
+        above = tempfile.mkdtemp(prefix="popdrop-test-")
+        self.addCleanup(shutil.rmtree, above)
+        os.chmod(above, 0o755)
+        self.folder = os.path.join(above, "state")
         os.mkdir(self.folder, 0o700)
         self.path = os.path.join(self.folder, "accounts.db")
         self.key_path = self.path + ".key"
@@ -350,6 +364,7 @@ class RightsTests(DatabaseCase):
     def test_owner_of_the_folder_gets_what_root_makes(self) -> None:
         # Only root can give files away; anybody can give them to himself.
         owner = (12345, 12346) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+        self.reachable()
         os.chown(self.folder, *owner)
         accounts = self.make()
         accounts.add(b"bob", Secret(b"x"), Secret(b"y"))
@@ -357,6 +372,92 @@ class RightsTests(DatabaseCase):
         for name in os.listdir(self.folder):
             facts = os.stat(os.path.join(self.folder, name))
             self.assertEqual((facts.st_uid, facts.st_gid), owner, name)
+
+
+class RootTests(DatabaseCase):
+    """Root in a folder of the server's user, who may have been taken over."""
+
+    USER = (12345, 12346)
+
+    def setUp(self) -> None:
+        if os.geteuid() != 0:
+            raise SkipTest("needs root's rights, to have files of two users")
+        self.reachable()
+        os.chown(self.folder, *self.USER)
+        self.victim = os.path.join(os.path.dirname(self.folder), "victim")
+        with open(self.victim, "w") as file:
+            file.write("of root\n")
+        os.chmod(self.victim, 0o600)
+
+    def unharmed(self) -> None:
+        facts = os.stat(self.victim)
+        self.assertEqual((facts.st_uid, facts.st_mode & 0o777, facts.st_size), (0, 0o600, 8))
+
+    def journal(self) -> None:
+        """A rollback journal that asks for the file it is a part of to be deleted.
+
+        SQLite's format 1.0: a header of one sector, then the name of the "super-journal".
+        """
+        magic, sector = bytes.fromhex("d9d505f920a163d7"), 512
+        pages = os.path.getsize(self.path) // 4096
+        name = self.victim.encode()
+        head = magic + struct.pack(">5I", 0, 1, pages, sector, 4096)
+        end = struct.pack(">2I", len(name), sum(name)) + magic
+        with open(self.path + "-journal", "wb") as file:
+            file.write(head.ljust(sector, b"\0") + struct.pack(">I", 2**30 // 4096 + 1))
+            file.write(name + end)
+        os.chown(self.path + "-journal", *self.USER)
+
+    def test_a_journal_deletes_nothing_of_roots(self) -> None:
+        self.make().close()
+        self.journal()
+        with contextlib.suppress(ConfigError):
+            self.open()
+        self.assertTrue(os.path.exists(self.victim))
+        self.unharmed()
+
+    def test_a_second_name_of_a_file_changes_no_owner(self) -> None:
+        """SQLite gives journals to the owner of the database."""
+        self.make().close()
+        for ending in ("-journal", "-wal"):
+            os.link(self.victim, self.path + ending)
+            with contextlib.suppress(ConfigError):
+                self.open().add(b"bob", Secret(b"x"))
+            self.unharmed()
+            os.unlink(self.path + ending)
+
+    def test_a_link_makes_no_file_elsewhere(self) -> None:
+        elsewhere = os.path.join(os.path.dirname(self.folder), "nologin")
+        os.symlink(elsewhere, self.path)
+        self.assertRaises(ConfigError, self.make)
+        self.assertFalse(os.path.exists(elsewhere))
+
+    def test_rights_come_back(self) -> None:
+        self.make().add(b"bob", Secret(b"x"))
+        with open(self.victim, "rb") as file:
+            self.assertEqual(file.read(), b"of root\n")
+
+    def test_a_database_of_roots_is_named(self) -> None:
+        self.make().close()
+        os.chown(self.path, 0, 0)
+        failure = self.assertRaises(ConfigError, self.open)
+        self.assertIn("chown 12345", str(failure))
+
+    def test_nothing_of_others_is_given_away(self) -> None:
+        """`give`: what root has made, and no link or second name of anything else."""
+        mine = os.path.join(self.folder, "mine")
+        with open(mine, "w"):
+            pass
+        link, second = os.path.join(self.folder, "link"), os.path.join(self.folder, "second")
+        os.symlink(self.victim, link)
+        os.link(self.victim, second)
+        for path in (mine, link, second):
+            give(path, *self.USER)
+        self.unharmed()
+        self.assertEqual(os.lstat(link).st_uid, 0)
+        self.assertEqual((os.stat(mine).st_uid, os.stat(mine).st_gid), self.USER)
+        give(mine, 0, 0)
+        self.assertEqual(os.stat(mine).st_uid, self.USER[0])
 
 
 class TroubleTests(DatabaseCase):
@@ -665,7 +766,9 @@ class ThreadTests(DatabaseCase):
                 SqliteFile(path).create()
                 statements: list[str] = []
 
-                class Late(sqlite3.Connection):
+                class Late(sqlitefile._AsOwner):
+                    folder = os.path.dirname(path)
+
                     def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:
                         statements.append(sql)  # noqa: B023
                         if len(statements) == moment + 1:  # noqa: B023
@@ -675,7 +778,7 @@ class ThreadTests(DatabaseCase):
                         return super().execute(sql, *parameters)
 
                 racing = MonkeyPatcher(
-                    (sqlite3, "connect", lambda *a, **k: real(*a, **k, factory=Late))
+                    (sqlite3, "connect", lambda *a, **k: real(*a, **{**k, "factory": Late}))
                 )
                 racing.patch()
                 self.addCleanup(racing.restore)

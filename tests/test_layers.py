@@ -45,7 +45,7 @@ _TABLE = """
 1   stores.mbox.scan stores.mbox.findings
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
-0   errors listing values places accounts.dbmfiles accounts.webclient
+0   errors listing values places asowner accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot
 4   accounts.helper

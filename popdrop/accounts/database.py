@@ -30,7 +30,7 @@ from popdrop.accounts import rows, scram
 from popdrop.accounts.keys import KeyFile, KeySource, key_source
 from popdrop.accounts.rows import APOP, PASSWORD, AppPassword, Entry
 from popdrop.accounts.secrets import CannotOpen, Hasher, Vault, make_key, sync_folder
-from popdrop.accounts.sqlitefile import Opened, SqliteFile, transaction
+from popdrop.accounts.sqlitefile import Opened, SqliteFile, resolved, transaction
 from popdrop.credentials import acceptable_name, prepared
 from popdrop.errors import BadCredentials, ConfigError, TemporaryFailure
 from popdrop.interfaces import IAccounts, IScramAccounts
@@ -150,7 +150,7 @@ class AccountsDatabase:
         look_every: float = 0.0,
         key: str | None = None,
     ) -> None:
-        self._key = key_source(key, os.path.realpath(path), os.environ)
+        self._key = key_source(key, resolved(path), os.environ)
         self._file = SqliteFile(path, look_every, self._key.stamp)
         self._hasher = hasher if hasher is not None else Hasher()
         self._system = system if system is not None else SystemFacts()
@@ -162,7 +162,7 @@ class AccountsDatabase:
     @classmethod
     def create(cls, path: str, key: str | None = None) -> bool:
         """Make an empty database and its key. `False` when there is one. Raises `ConfigError`."""
-        source = key_source(key, os.path.realpath(path), os.environ)
+        source = key_source(key, resolved(path), os.environ)
         file = SqliteFile(path)
         try:
             if not file.create():

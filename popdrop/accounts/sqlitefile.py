@@ -14,10 +14,11 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
-from typing import Final, NamedTuple
+from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
 from popdrop.accounts.secrets import private_facts, sync_folder
+from popdrop.asowner import as_owner
 from popdrop.errors import ConfigError
 
 PATIENCE: Final = 1.0
@@ -64,6 +65,19 @@ _MIGRATIONS: Final = (
 )
 
 
+def resolved(path: str) -> str:
+    """The path of a database without symbolic links.
+
+    For root a link at its very end is left as it is, where somebody else may have put it there: no
+    file will be found or made there.
+    """
+    folder = os.path.realpath(os.path.dirname(os.path.abspath(path)))
+    whole = os.path.join(folder, os.path.basename(path))
+    if os.geteuid() == 0 and os.path.isdir(folder) and os.stat(folder).st_uid != 0:
+        return whole
+    return os.path.realpath(whole)
+
+
 class Seen(NamedTuple):
     """What a look at the files found: which database and which key; `None`: there is no key."""
 
@@ -79,6 +93,25 @@ class Opened(NamedTuple):
     database_id: bytes
 
 
+class _AsOwner(sqlite3.Connection):
+    """For root in somebody's folder: SQLite changes owners, and deletes what a journal names.
+
+    So it has no more rights to files than the owner of the folder.
+    """
+
+    folder: str
+
+    def execute(self, *args: Any) -> sqlite3.Cursor:
+        """As in `Connection`."""
+        with as_owner(self.folder):
+            return super().execute(*args)
+
+    def close(self) -> None:
+        """As in `Connection`."""
+        with as_owner(self.folder):
+            super().close()
+
+
 class SqliteFile:
     """The file and its connections. May be used from any thread; connections are kept for reuse.
 
@@ -92,7 +125,7 @@ class SqliteFile:
         look_every: float = 0.0,
         key_stamp: Callable[[], Hashable | None] = lambda: None,
     ) -> None:
-        self.path = os.path.realpath(path)
+        self.path = resolved(path)
         self._key_stamp = key_stamp
         self._look_every = look_every
         self._looked: tuple[float, Seen] | None = None
@@ -135,6 +168,13 @@ class SqliteFile:
                 f"{self.path}: no such accounts database;"
                 f" `popdrop user add --db {self.path} NAME` makes one"
             ) from None
+        if facts.st_uid == 0 and os.geteuid() == 0:
+            owner = os.stat(self.folder).st_uid
+            if owner != 0:
+                raise ConfigError(
+                    f"{self.path}: belongs to root and its folder to uid {owner};"
+                    f" chown {owner} {self.path}"
+                )
         for companion in self._companions:
             try:
                 private_facts(companion)
@@ -197,9 +237,18 @@ class SqliteFile:
 
     def _open(self, seen: Seen) -> Opened:
         uri = f"file:{quote(os.fsencode(self.path))}?mode=rw"
-        connection = sqlite3.connect(
-            uri, uri=True, timeout=PATIENCE, isolation_level=None, check_same_thread=False
-        )
+        kind = _AsOwner if os.geteuid() == 0 else sqlite3.Connection
+        with as_owner(self.folder):
+            connection = sqlite3.connect(
+                uri,
+                uri=True,
+                timeout=PATIENCE,
+                isolation_level=None,
+                check_same_thread=False,
+                factory=kind,
+            )
+        if isinstance(connection, _AsOwner):
+            connection.folder = self.folder
         try:
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA foreign_keys = ON")
