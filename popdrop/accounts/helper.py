@@ -39,7 +39,7 @@ from popdrop.accounts.helperwire import (
     wipe,
 )
 from popdrop.accounts.pace import Pace
-from popdrop.credentials import ApopCredentials, Cleartext, acceptable_name
+from popdrop.credentials import ApopCredentials, Cleartext, acceptable_name, prepared
 from popdrop.errors import (
     BadCredentials,
     ConfigError,
@@ -103,12 +103,23 @@ class Checks:
             with self._guard:
                 self._since[me] = time.monotonic()
             answer = checked(self._backends[request.source], request)
-            self._pace.end(request.name, answer.kind)
+            self._pace.end(counted(request.name), answer.kind)
             send(slot, encode_answer(answer))
             with self._guard:
                 del self._since[me]
                 self._open -= 1
             del request, slot, answer  # an idle thread keeps no password
+
+
+def counted(name: bytes) -> bytes:
+    """What failures of `name` are counted by: the same for all ways to write one account.
+
+    Without it each way, as `bob`, `BOB` and `b`, soft hyphen, `ob`, would have tries of its own.
+    """
+    try:
+        return prepared(name).decode("utf-8").lower().encode("utf-8")
+    except BadCredentials:
+        return name  # nobody's, but where a checker takes names as they come
 
 
 def checked(backend: IBackend, request: Request) -> Answer:
@@ -240,13 +251,13 @@ class Helper:
         self._open -= 1
 
     def _schedule(self, request: Request, slot: socket.socket) -> None:
-        wait = self._pace.begin(request.name)
+        wait = self._pace.begin(counted(request.name))
         if wait is None:
             self._refuse(request, slot, "too many tries of this name wait")
         elif wait == 0:
             self._put(request, slot)
         elif len(self._late) >= WAITING:
-            self._pace.end(request.name, Kind.TEMPORARY)
+            self._pace.end(counted(request.name), Kind.TEMPORARY)
             self._refuse(request, slot, "too many tries wait")
         else:
             self._order += 1
@@ -254,7 +265,7 @@ class Helper:
 
     def _put(self, request: Request, slot: socket.socket) -> None:
         if not self._checks.put(request, slot):
-            self._pace.end(request.name, Kind.TEMPORARY)
+            self._pace.end(counted(request.name), Kind.TEMPORARY)
             self._refuse(request, slot, "too many tries wait")
 
     def _refuse(self, request: Request, slot: socket.socket, why: str) -> None:
