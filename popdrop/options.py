@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 import socket
 import sys
-from collections.abc import Callable
-from typing import Any, Final
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
 
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.strcred import AuthOptionMixin
@@ -21,6 +21,33 @@ SHORTEST_IDLE: Final = 600
 """Seconds, RFC 1939 section 3."""
 DEFAULT_STORE: Final = "mbox:/var/mail/{user}"
 _HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?").fullmatch
+
+
+class OwnKind(NamedTuple):
+    """A kind of `--auth` that `twistd popdrop` alone has: no plugin. Names are `strcred`'s."""
+
+    authType: str
+    argStringFormat: str
+    authHelp: str
+
+
+OWN_KINDS: Final = (
+    OwnKind(
+        "helper",
+        "pam:SERVICE, passwd:FILE or checkpassword:PROG...",
+        """What stands behind it is asked by a process of its own, which keeps the rights of
+the start when --uid gives them away, as helper:pam:pop3. All behind the first
+colon is taken as it is.""",
+    ),
+    OwnKind(
+        "oidc",
+        "ISSUER:KEY=VALUE...",
+        """Tokens of an OpenID provider, for OAUTHBEARER and XOAUTH2. ISSUER is its URL, in
+which : is written \\:. Needs the extra `oidc`: pip install 'popdrop[oidc]'. The
+reference of --auth in the documentation lists the keys.""",
+    ),
+)
+"""Listed by `--help-auth` beside the plugins."""
 
 
 def machine_name() -> str:
@@ -180,7 +207,19 @@ class Options(AuthOptionMixin, usage.Options):
 
     def opt_help_auth_type(self, kind: str) -> None:
         """Explain one kind of --auth."""
+        for own in OWN_KINDS:
+            if own.authType == kind:
+                text = "".join(f"  {line}\n" for line in own.authHelp.splitlines())
+                self.authOutput.write(
+                    f"Usage: --auth {kind}[:ArgString]\n"
+                    f"ArgString format: {own.argStringFormat}\n\n{text}\n"
+                )
+                raise SystemExit(0)
         super().opt_help_auth_type(kind)  # type: ignore[no-untyped-call]
+
+    def _checkerFactoriesForOptHelpAuth(self) -> Iterator[Any]:
+        yield from OWN_KINDS
+        yield from super()._checkerFactoriesForOptHelpAuth()  # type: ignore[no-untyped-call]
 
     def opt_session_log(self, text: str) -> None:
         """Log sessions as plain, json, qpopper or sqmail[:SINK]. Repeatable. [plain]"""

@@ -231,6 +231,11 @@ class Popdrop(Service):
         checkers = self._checkers()
         tls = self._stls_certificates()
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
+        self._takes_cram = any(
+            IUsernameHashedPassword in checker.credentialInterfaces
+            and getattr(checker, "takes_cram", True)
+            for checker in checkers
+        )
         policy = self._policy(kinds, tls is not None)
         self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
         logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
@@ -314,6 +319,8 @@ class Popdrop(Service):
         if self._options["apop-only"]:
             return ()
         possible = [name for name in MECHANISMS if _credentials_of(name) in kinds]
+        if b"CRAM-MD5" in possible and not self._takes_cram:
+            possible.remove(b"CRAM-MD5")
         if self._options["client-ca"] is None and b"EXTERNAL" in possible:
             possible.remove(b"EXTERNAL")
         wanted: tuple[bytes, ...] | None = self._options["sasl"]

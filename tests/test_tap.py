@@ -159,6 +159,13 @@ class OptionTests(TapCase):
         with open(passwords, "w") as file:
             file.write("bob:secret\n")
         self.assertEqual(self.mechanisms("--auth", f"file:{passwords}")[0], rest)
+        # These hand on APOP's digest and have no word for another.
+        for text in ("checkpassword:/bin/true:apop=yes", "helper:checkpassword:/bin/true:apop=yes"):
+            self.assertEqual(self.mechanisms("--auth", text)[0], ["PLAIN", "LOGIN"], text)
+            told = self.refused(*LOOPBACK, "--auth", text, "--sasl", "CRAM-MD5")
+            self.assertIn("--sasl CRAM-MD5: needs an --auth that can verify it", told)
+        both = ("--auth", "checkpassword:/bin/true:apop=yes", "--auth", f"file:{passwords}")
+        self.assertEqual(self.mechanisms(*both)[0], rest)
         os.unlink(os.path.join(self.folder, "accounts.db.key"))
         self.assertEqual(self.mechanisms()[0], ["PLAIN", "LOGIN"])
 

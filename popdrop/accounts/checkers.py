@@ -226,6 +226,8 @@ class BackendChecker:
     def __init__(self, backend: Any, pool: Pool) -> None:
         self._backend = backend
         self._pool = pool
+        self.takes_cram = getattr(backend, "takes_cram", True)
+        """Whether it can verify CRAM-MD5, if it can APOP: both are `IUsernameHashedPassword`."""
         self.credentialInterfaces: tuple[InterfaceClass, ...] = tuple(
             each for kind, each in INTERFACES.items() if kind in backend.kinds
         )

@@ -74,6 +74,8 @@ class Checkpassword:
     seconds. Raises `ConfigError`, which names `option`.
     """
 
+    takes_cram = False  # the interface has room for APOP's digest, not for CRAM-MD5's
+
     def __init__(
         self,
         option: str,

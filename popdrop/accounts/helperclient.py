@@ -95,6 +95,8 @@ class HelperChecker:
     Policy facts of the account come from elsewhere: it is given as a foreign one (decision 22).
     """
 
+    takes_cram = False  # the helper is sent APOP's digests only
+
     def __init__(self, process: HelperProcess, source: int, kinds: Iterable[str]) -> None:
         self._process = process
         self._source = source

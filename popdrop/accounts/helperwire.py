@@ -10,7 +10,7 @@ type has and how long each may be is in `_SHAPES`. No octet is special, so none 
 early (CVE-2008-1218: a TAB in a password made fields of Dovecot's auth protocol). What is not
 exactly of this form is `Malformed`: it is not repaired, and nothing behind it is read.
 
-The socket of the self-service (`popdrop popauth`) speaks the same.
+The socket of the self-service (`popdrop popauth`) speaks the same. Over 400 lines for both.
 """
 
 from __future__ import annotations

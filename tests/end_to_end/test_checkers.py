@@ -300,7 +300,8 @@ class OtherCheckerTests(CheckerCase):
 class HelpTests(SynchronousTestCase):
     def test_kinds(self) -> None:
         listed = self.told("--help-auth")
-        for kind in ("accounts", "checkpassword", "passwd", "pam", "file", "memory", "unix"):
+        ours = ("accounts", "checkpassword", "passwd", "pam", "helper", "oidc")
+        for kind in (*ours, "file", "memory", "unix"):
             self.assertRegex(listed, rf"(?m)^  {kind}\s")
             self.assertIn(f"--auth {kind}[:ArgString]", self.told("--help-auth-type", kind))
         self.assertNotIn("anonymous", listed)
