@@ -64,6 +64,60 @@ class VerifyCase(SynchronousTestCase):
         return error
 
 
+class CostTests(VerifyCase):
+    """A hash brings its own cost: bounded, whoever wrote it."""
+
+    TOO_MUCH = (
+        b"$6$rounds=999999999$saltstring$x",
+        b"{SHA512-CRYPT}$6$rounds=999999999$saltstring$x",
+        b"$5$rounds=10000001$saltstring$x",
+        b"$md5,rounds=4294967295$x$x",
+        b"$2b$31$usesomesillystringfore2uDLvp1Ii2e./U9C8sBjqp8I90dH6hi",
+        b"{BLF-CRYPT}$2y$17$usesomesillystringfore2uDLvp1Ii2e./U9C8sBjqp8I90dH6hi",
+        b"$bcrypt-sha256$v=2,t=2b,r=31$n79VH.0Q2TMWmt3Oqt9uku$Kq4Noyk3094Y2QlB8NdRT8SvGiI4ft2",
+        b"$argon2id$v=19$m=4194304,t=1,p=1$c2FsdHNhbHQ$x",
+        b"{ARGON2ID}$argon2id$v=19$m=65536,t=4294967295,p=1$c2FsdHNhbHQ$x",
+        b"$scrypt$ln=31,r=8,p=1$c2FsdHNhbHQ$x",
+        b"$scrypt$ln=16,r=8,p=1000$c2FsdHNhbHQ$x",
+        b"$y$jZT$F5Jx5fExrKuPp53xLKQ..1$x",
+        b"$7$LU..../....x$x",
+        b"$pbkdf2-sha256$2000000000$c2FsdHNhbHQ$x",
+        b"{PBKDF2}$1$salt$2000000000$00",
+        b"{PBKDF2}$1$salt$" + b"9" * 5000 + b"$00",
+        b"{SCRAM-SHA-256}2000000000,c2FsdA==,AA==,AA==",
+        b"pbkdf2_sha256$2000000000$salt$x",
+        b"$p5k2$77359400$salt$x",
+        b"grub.pbkdf2.sha512.2000000000.00.00",
+        b"{PBKDF2-SHA256}2000000000$c2FsdHNhbHQ$x",
+        b"$sha1$2000000000$salt$x",
+    )
+    FAIR = (
+        b"$6$rounds=656000$saltstring$x",
+        b"$6$9999999999$x",
+        b"$1$99999999$x",
+        b"$2b$14$x",
+        b"$argon2id$v=19$m=1048576,t=4,p=4$c2FsdHNhbHQ$x",
+        b"$argon2id$v=19$m=19456,t=2,p=1$c2FsdHNhbHQ$x",
+        b"$scrypt$ln=16,r=8,p=1$c2FsdHNhbHQ$x",
+        b"$y$jFT$F5Jx5fExrKuPp53xLKQ..1$x",
+        b"$7$GU..../....x$x",
+        b"$pbkdf2-sha512$600000$c2FsdHNhbHQ$x",
+        b"{PBKDF2}$1$salt$1000000$00",
+        b"{SCRAM-SHA-256}4096,c2FsdA==,AA==,AA==",
+        b"{PLAIN}$6$rounds=999999999$saltstring$x",
+    )
+
+    def test_too_much(self) -> None:
+        for hashed in self.TOO_MUCH:
+            self.assertTrue(foreign.is_too_costly(hashed.decode()), hashed[:60])
+            self.assertIn("costs too much", self.damaged(hashed).detail)
+
+    def test_fair(self) -> None:
+        for hashed in self.FAIR[:-1]:
+            self.assertFalse(foreign.is_too_costly(hashed.decode()), hashed)
+        self.assertTrue(foreign.verify(self.FAIR[-1], self.FAIR[-1].removeprefix(b"{PLAIN}")))
+
+
 class SchemeTests(VerifyCase):
     def test_published(self) -> None:
         for password, hashed in PUBLISHED:

@@ -268,6 +268,8 @@ class PasswdTests(ReaderCase):
             b"off:{PLAIN}x::::::nologin",
             b"unknown:{CRAM-MD5}abcdef",
             b"broken:{SHA512-CRYPT}x",
+            b"dear:$6$rounds=999999999$abcdefgh$xyz",
+            b"dearer:{ARGON2ID}$argon2id$v=19$m=4194304,t=9,p=1$c2FsdHNhbHQ$xyz",
             b"clear:hunter2",
             b"alone",
             b":$6$abcdefgh$xyz",

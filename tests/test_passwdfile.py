@@ -100,6 +100,14 @@ class FormTests(FileCase):
             Account(b"carol", scope=Scope(expires=172800)),
         )
 
+    def test_a_day_of_many_digits(self) -> None:
+        """One line that is left out, and not a file that cannot be read."""
+        backend = self.make(
+            f"carol:{HELLO}:1:0:9:7::{'9' * 5000}:\nbob:{HELLO}:1:0:9:7:::\n",
+        )
+        self.assertEqual(backend.check(Cleartext(b"bob", b"Hello world!")), Account(b"bob"))
+        self.assertRaises(NoSuchUser, backend.check, Cleartext(b"carol", b"Hello world!"))
+
     def test_passwd(self) -> None:
         backend = self.make(f"bob:{HELLO}:1000:1001:Bob,,,:/home/bob:/bin/sh\n")
         self.assertEqual(

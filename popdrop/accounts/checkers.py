@@ -120,7 +120,10 @@ class AccountsChecker:
 
     def _matches(self, hashed: Secret | None, password: bytes, username: bytes) -> bool:
         """An imported hash is verified as it is; the first good login makes our own of it."""
-        if hashed is None or hashed.reveal().startswith(b"$argon2id$"):
+        if hashed is None or (
+            hashed.reveal().startswith(b"$argon2id$")
+            and not foreign.is_too_costly(hashed.reveal().decode("ascii", "replace"))
+        ):
             return self._hasher.verify(hashed, password)
         return foreign.verify(hashed.reveal(), password, username)
 

@@ -60,6 +60,31 @@ _LOOKS_LIKE_CRYPT: Final = re.compile(r"\$|_[./0-9A-Za-z]{19}\Z|[./0-9A-Za-z]{13
 _SPACE: Final = 32768  # `sizeof(struct crypt_data)` of libxcrypt
 
 
+MOST_ROUNDS: Final = 10_000_000
+"""Rounds of one hash, for schemes that count them: some 5 s of PBKDF2 or sha512-crypt."""
+MOST_BCRYPT: Final = 16
+"""Of bcrypt's cost, whose power of two counts: 4 s."""
+MOST_MEMORY: Final = 1 << 30
+"""Octets of one hash: what the costliest setting of crypt_gensalt(3) takes."""
+MOST_PASSES: Final = 8
+"""How often so much memory may be gone over; less memory, more often: 5 s."""
+
+_ROUNDS: Final = re.compile(
+    r"\$(?:[56]|md5)[$,]rounds=(?P<crypt>\d+)"
+    r"|(?i:pbkdf2[\w.-]*?|\$sha1|\$scram)[$.}](?P<counted>\d+)[$.]"
+    r"|\{PBKDF2(?:\.\w+)?\}\$1\$[^$]*\$(?P<dovecot>\d+)\$"
+    r"|\{SCRAM-SHA-(?:1|256)\}(?P<scram>\d+),",
+).search
+_P5K2: Final = re.compile(r"\$p5k2\$([0-9a-f]+)\$").search
+_BCRYPT: Final = re.compile(r"\$2[a-z]?\$(\d\d)\$|\$bcrypt-sha256\$.*?(?:r=|,)(\d+)\$").search
+_ARGON2: Final = re.compile(r"\$argon2\w*\$(?:v=\d+\$)?m=(\d+),t=(\d+),p=\d+").search
+_SCRYPT: Final = re.compile(r"\$scrypt\$ln=(\d+),r=(\d+),p=(\d+)\$").search
+_YESCRYPT: Final = re.compile(r"\$g?y\$([^$]*)\$").search
+_USUAL_YESCRYPT: Final = re.compile(r"j[./0-9A-F].").fullmatch  # r of 64 at most, N of 2**18
+_CRYPT_7: Final = re.compile(r"\$7\$([./0-9A-Za-z])([./0-9A-Za-z]{5})([./0-9A-Za-z]{5})").search
+_DIGITS_64: Final = "./0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
+
+
 class _Damaged(Exception):
     """The hash cannot be used. The text is for the log and holds nothing of the hash."""
 
@@ -75,7 +100,10 @@ def verify(hashed: bytes, password: bytes, user: bytes = b"") -> bool:
     if is_locked(hashed):
         return False
     try:
-        text = hashed.decode("ascii" if plain(hashed) is None else "utf-8")
+        clear = plain(hashed) is not None
+        text = hashed.decode("utf-8" if clear else "ascii")
+        if not clear and is_too_costly(text):
+            raise _Damaged("this password hash costs too much; make one with fewer rounds")
         # After the look at the hash, so that damage is seen; crypt(3) ends at a NUL.
         usable = 0 < len(password) <= LONGEST and b"\0" not in password
         return _verify(text, password if usable else b"x", user) and usable
@@ -84,6 +112,51 @@ def verify(hashed: bytes, password: bytes, user: bytes = b"") -> bool:
     except UnicodeDecodeError:
         why = "damaged password hash: not ASCII"
     raise TemporaryFailure("Account cannot be verified.", why)
+
+
+def is_too_costly(text: str) -> bool:
+    """Whether one look at a hash would keep a processor for minutes, or take the memory.
+
+    Its numbers stand in the hash: whoever may write one could stop the server with it, and a typing
+    error can, too.
+    """
+    if found := _ROUNDS(text):
+        return _above(found[found.lastindex or 0], MOST_ROUNDS)
+    if found := _P5K2(text):
+        return len(found[1]) > 8 or int(found[1], 16) > MOST_ROUNDS
+    if found := _BCRYPT(text):
+        return _above(found[1] or found[2], MOST_BCRYPT)
+    if found := _ARGON2(text):
+        kib, passes = found[1], found[2]
+        if _above(kib, MOST_MEMORY >> 10) or _above(passes, MOST_ROUNDS):
+            return True
+        return int(kib) * int(passes) > MOST_PASSES * (MOST_MEMORY >> 10)
+    if found := _SCRYPT(text):
+        if any(_above(each, 1024) for each in found.groups()):
+            return True
+        return _is_much(int(found[1]), int(found[2]), int(found[3]))
+    if found := _YESCRYPT(text):
+        return not _USUAL_YESCRYPT(found[1])
+    if found := _CRYPT_7(text):
+        log, blocks, lanes = (_number(each) for each in found.groups())
+        return _is_much(log, blocks, lanes)
+    return False
+
+
+def _is_much(log: int, blocks: int, lanes: int) -> bool:
+    """scrypt's N = 2**log, r and p (RFC 7914 section 2)."""
+    memory = 128 * blocks << min(log, 63)
+    return memory > MOST_MEMORY or memory * lanes > MOST_PASSES * MOST_MEMORY
+
+
+def _above(digits: str, most: int) -> bool:
+    # A number of a thousand digits takes its time, too.
+    return len(digits) > 9 or int(digits) > most
+
+
+def _number(digits: str) -> int:
+    """Six bits a digit, the lowest first, as crypt(5) writes the numbers of `$7$`."""
+    return sum(_DIGITS_64.index(digit) << 6 * place for place, digit in enumerate(digits))
 
 
 def is_locked(hashed: bytes) -> bool:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Final
 
-from popdrop.accounts import dbmfiles
+from popdrop.accounts import dbmfiles, foreign
 from popdrop.values import Secret
 
 FILE_OCTETS: Final = 256 * 1024 * 1024
@@ -353,6 +353,8 @@ def _verifier(field: bytes) -> tuple[bool, bytes] | str:
         return "the password is elsewhere, in /etc/shadow"
     if field[0] in b"!*":
         return "locked, or without a password"
+    if foreign.plain(field) is None and foreign.is_too_costly(field.decode("ascii", "replace")):
+        return "a hash that costs too much to verify; set a new password"
     found = _SCHEME.match(field)
     if found:
         scheme, octets = found[1].upper(), found[2]

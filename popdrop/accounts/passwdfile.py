@@ -33,6 +33,7 @@ MOST_OCTETS: Final = 64 * 1024 * 1024
 _YOUNG: Final = 2.0  # seconds: file systems with whole seconds show two changes in one as one
 _SHADOW_FIELDS: Final = 9
 _DAY: Final = 86400
+_DAY_DIGITS: Final = 9
 _SAMPLE: Final = 1000  # hashes among which the commonest scheme is looked for
 _CANNOT: Final = "Accounts cannot be read now, try again later."
 
@@ -220,6 +221,8 @@ class PasswdFile:
         if hashed[:1] != b"{" and not foreign.is_locked(hashed):
             hashed = self._prefix + hashed
         if len(parts) == _SHADOW_FIELDS and all(f.isdigit() or not f for f in rest):
+            if len(rest[5]) > _DAY_DIGITS:
+                raise _BadLine("the day on which it expires is out of range")
             expires = int(rest[5]) * _DAY if rest[5] else None
             return _Line(Account(name, scope=Scope(expires=expires)), Secret(hashed))
         return _Line(_account(name, rest), Secret(hashed))
