@@ -64,7 +64,7 @@ class VerifyCase(SynchronousTestCase):
         return error
 
 
-class CostTests(VerifyCase):
+class LimitTests(VerifyCase):
     """A hash brings its own cost: bounded, whoever wrote it."""
 
     TOO_MUCH = (
