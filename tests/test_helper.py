@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from ipaddress import ip_network
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from hypothesis import given, settings
@@ -695,6 +696,27 @@ class ProcessTests(ProcessCase):
         with watched(above, below) as ends:
             child.kill()
             self.assertTrue(all_end(ends))
+
+    def test_modules_from_where_the_user_may_write(self) -> None:
+        """A helper that is started anew must not take them from there (decision 19)."""
+        owners = {"/root": (0, 0o755), "/user": (4711, 0o755), "/any": (0, 0o1777)}
+
+        def stat(path: str) -> SimpleNamespace:
+            if path not in owners:
+                raise FileNotFoundError(path)
+            return SimpleNamespace(st_uid=owners[path][0], st_mode=owners[path][1])
+
+        self.patch(os, "stat", stat)
+        path = [*owners, "/gone"]
+        # Without root's rights the helper can do no more than the user.
+        self.patch(os, "geteuid", lambda: 4711)
+        self.assertEqual(helperclient._safe_path(path, 4711), path)
+        self.patch(os, "geteuid", lambda: 0)
+        self.assertEqual(helperclient._safe_path(path, 0), path)
+        self.assertEqual(helperclient._safe_path(path, 4711), ["/root"])
+        self.assertEqual(helperclient._safe_path(path, 4712), ["/root", "/user"])
+        owners["/user/popdrop/accounts/helper.py"] = (4711, 0o644)
+        self.assertEqual(helperclient._safe_path(path, 4711), ["/root", "/user"])
 
     def test_wrong_strings(self) -> None:
         """Told before anything is started, by one line that names the string."""

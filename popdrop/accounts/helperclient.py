@@ -283,6 +283,7 @@ class HelperProcess:
             }
         config = {
             **self._config(),
+            "path": _safe_path(_module_path(), uid),
             "parent": os.getpid(),
             "lifeline": ends[0].fileno(),
             "slots": [end.fileno() for end in ends[1:]],
@@ -365,6 +366,33 @@ def _module_path() -> list[str]:
     found = [entry for entry in sys.path if os.path.isabs(entry)]
     # Else it was found by the entry for the current folder, which is the first.
     return found if ours in found else [ours, *found]
+
+
+def _safe_path(path: list[str], uid: int) -> list[str]:
+    """Without folders that the user to come, or anybody, may write to, where the helper is root's.
+
+    A helper that is started anew looks for its modules there: whoever has taken the server over
+    would only have to put one there. Popdrop's own folder stays, with a warning.
+    """
+    if os.geteuid() != 0 or uid == 0:
+        return path
+    safe = []
+    for entry in path:
+        try:
+            facts = os.stat(entry)
+        except OSError:
+            continue  # not there now, and nobody's to be made
+        if facts.st_uid != uid and not facts.st_mode & 0o002:
+            safe.append(entry)
+        elif os.path.exists(os.path.join(entry, "popdrop", "accounts", "helper.py")):
+            safe.append(entry)
+            log.warn(
+                "uid {uid} or anybody may write to {folder}, from which the helper takes its"
+                " program: give it to root",
+                uid=uid,
+                folder=entry,
+            )
+    return safe
 
 
 def _await_hello(connection: socket.socket) -> Hello:
