@@ -27,6 +27,7 @@ from twisted.logger import Logger, LogLevel
 from zope.interface import implementer
 
 from popdrop import __version__
+from popdrop.asowner import as_owner
 from popdrop.errors import ConfigError
 from popdrop.interfaces import ISessionLog
 from popdrop.spec import parse
@@ -318,6 +319,7 @@ class _Descriptor:
 class _File:
     def __init__(self, option: str, path: str) -> None:
         self._path = path
+        self._folder = os.path.dirname(os.path.abspath(path))
         try:
             self.fd = self._open()
         except OSError as error:
@@ -329,9 +331,16 @@ class _File:
     def _open(self) -> int:
         # A named pipe without a reader is an error, and not a wait.
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOCTTY | os.O_NONBLOCK
-        fd = os.open(self._path, flags, 0o600)
+        # In a folder of the server's user the path may be a link of his to a file of root's.
+        with as_owner(self._folder):
+            fd = os.open(self._path, flags, 0o600)
         os.set_blocking(fd, True)
         return fd
+
+    def hand_over(self, uid: int, gid: int) -> None:
+        """In a folder of root's; in another one it is that owner's already, or none of ours."""
+        if os.stat(self._folder).st_uid == 0 and os.fstat(self.fd).st_uid == 0:
+            os.fchown(self.fd, uid, gid)
 
     def reopen(self) -> None:
         """Raises `OSError`, and then the old file stays."""
@@ -371,7 +380,7 @@ class _Lines:
 
     def hand_over(self, uid: int, gid: int) -> None:
         if isinstance(self._target, _File):
-            os.fchown(self._target.fd, uid, gid)
+            self._target.hand_over(uid, gid)
 
     def close(self) -> None:
         if self._closed:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
 import os
 import re
+import shutil
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from unittest import mock
@@ -17,7 +20,7 @@ from unittest import mock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.logger import LogLevel, globalLogPublisher
-from twisted.trial.unittest import SynchronousTestCase
+from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from zope.interface.verify import verifyObject
 
 from popdrop import __version__, record
@@ -439,6 +442,38 @@ class FileTests(SinkCase):
         writers = [subprocess.Popen([sys.executable, "-c", code, text], cwd=root) for _ in "ab"]
         self.assertEqual([writer.wait(60) for writer in writers], [0, 0])
         self.assertEqual([json.loads(each)["event"] for each in self.lines()], ["end"] * 600)
+
+
+class RootTests(SynchronousTestCase):
+    """Root's start, with a log in a folder of the server's user."""
+
+    def test_a_link_gives_away_nothing_of_roots(self) -> None:
+        if os.geteuid() != 0:
+            raise SkipTest("needs root's rights, to have files of two users")
+        above = tempfile.mkdtemp(prefix="popdrop-test-")
+        self.addCleanup(shutil.rmtree, above)
+        os.chmod(above, 0o755)
+        folder, victim = os.path.join(above, "log"), os.path.join(above, "victim")
+        with open(victim, "w"):
+            pass
+        os.chmod(victim, 0o600)
+        for uid in (12345, 0):
+            os.mkdir(folder)
+            os.chown(folder, uid, uid)
+            path = os.path.join(folder, "sessions")
+            os.symlink(victim, path)
+            with contextlib.suppress(ConfigError):
+                self.start(path, 12345 if uid else 0)
+            self.assertEqual(os.stat(victim).st_uid, 0)
+            os.unlink(path)
+            self.start(path, 12345)
+            self.assertEqual((os.stat(path).st_uid, os.stat(path).st_gid), (12345, 12345))
+            shutil.rmtree(folder)
+
+    def start(self, path: str, uid: int) -> None:
+        log = from_spec(f"plain:{path}")
+        self.addCleanup(log.close)
+        log.hand_over(uid, uid)
 
 
 class DescriptorTests(SinkCase):
