@@ -2,7 +2,8 @@
 
 `HelperProcess` is what one server has; its supervisor is started in `privilegedStartService`, while
 the rights are there. `Slot` is one connection, of one process that serves; `HelperChecker` asks
-over it on behalf of one `helper:` string. Nothing here needs a thread.
+over it on behalf of one `helper:` string. Nothing here needs a thread. Over 400 lines for the care
+that its start takes.
 """
 
 from __future__ import annotations
