@@ -25,6 +25,9 @@ FAILED = "Authentication failed."
 """The one text of every failed login: it does not say which part was wrong (RFC 3206 4)."""
 
 NAME_OCTETS = 64
+PREPARED_OCTETS = 256
+"""The longest text that SASLprep looks at: no name or password that is kept is longer. AUTH can
+bring 9 KiB, on which it took 95 ms, of the reactor's time for a password."""
 _RESERVED_ENDINGS = (".lock", ".pop", ".popdrop")
 _UNPRINTABLE = frozenset({"Cc", "Cf", "Cs", "Zl", "Zp"})
 
@@ -54,7 +57,8 @@ def prepared(text: bytes) -> bytes:
     """A name or password in UTF-8, as it is stored and compared: SASLprep (RFC 4013).
 
     Printable ASCII stays as it is. Raises `BadCredentials` for what is not UTF-8, holds characters
-    that SASLprep prohibits (control characters among them), or vanishes altogether.
+    that SASLprep prohibits (control characters among them), vanishes altogether, or is over
+    `PREPARED_OCTETS` long.
     """
     result = _prepared(text)
     if result is None:
@@ -63,11 +67,19 @@ def prepared(text: bytes) -> bytes:
     return result
 
 
+def prepared_or_raw(text: bytes) -> bytes:
+    """As `prepared`, else `text` itself: what cannot be prepared equals nothing that is kept."""
+    found = _prepared(text)
+    return text if found is None else found
+
+
 def _prepared(text: bytes) -> bytes | None:
     try:
         characters = text.decode("utf-8")
         if characters.isascii() and characters.isprintable():
             return text
+        if len(text) > PREPARED_OCTETS:
+            return None
         return saslprep(characters).encode("utf-8") or None
     except ValueError:
         return None

@@ -18,7 +18,7 @@ from functools import partial
 from typing import Final
 
 from popdrop import policy as rules
-from popdrop.credentials import ApopCredentials, Cleartext, Credentials
+from popdrop.credentials import ApopCredentials, Cleartext, Credentials, prepared_or_raw
 from popdrop.errors import BadCredentials, PopdropError
 from popdrop.listing import Listing
 from popdrop.policy import Policy
@@ -402,7 +402,7 @@ class Session:
         if rules.user_is_asked_about(self._policy):
             self._named = False
             self._asking = self._about_user
-            return self._ask(ApopQuery(self._policy.folding(name)))
+            return self._ask(ApopQuery(self._canonical(name)))
         return self._password_wanted(name)
 
     def _about_user(self, has_apop: object) -> Result:
@@ -431,10 +431,15 @@ class Session:
         self._named = False
         return self._log_in(ApopCredentials(name, self._challenge, digest))
 
+    def _canonical(self, name: bytes) -> bytes:
+        """As accounts have it. Prepared before it is folded, so that no second spelling of a name
+        escapes the folding, and here, so that none is another user to the throttle."""
+        return self._policy.folding(prepared_or_raw(name))
+
     def _log_in(self, credentials: Credentials) -> Login:
         """`user` stays as the client gave it, for the log; the account's name is another matter."""
         if credentials.username:  # a bearer token may bring its own
-            credentials.username = self._policy.folding(credentials.username)
+            credentials.username = self._canonical(credentials.username)
         if isinstance(credentials, Cleartext) and self._peer is not None:
             trusted = self._peer.address if self._peer.address_trusted else None
             credentials.client = trusted or ""
@@ -510,7 +515,7 @@ class Session:
         self.user = step.username
         if isinstance(step, ScramQuery):
             self._asking = partial(self._resume, exchange)
-            return self._ask(ScramQuery(self._policy.folding(step.username), step.algorithm))
+            return self._ask(ScramQuery(self._canonical(step.username), step.algorithm))
         self._error_challenge = exchange.error_challenge
         return self._log_in(step)
 

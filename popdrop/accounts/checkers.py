@@ -25,7 +25,7 @@ from popdrop.accounts import foreign
 from popdrop.accounts.backends import INTERFACES
 from popdrop.accounts.rows import AppPassword
 from popdrop.accounts.secrets import Hasher
-from popdrop.credentials import FAILED, prepared
+from popdrop.credentials import FAILED, prepared_or_raw
 from popdrop.errors import BadCredentials, NoSuchUser, NoVerifierOfThisKind, TemporaryFailure
 from popdrop.interfaces import (
     IAccounts,
@@ -94,7 +94,7 @@ class AccountsChecker:
 
     async def _by_password(self, credentials: Any) -> Verified:
         username: bytes = credentials.username
-        password = _prepared_or_raw(credentials.password)
+        password = prepared_or_raw(credentials.password)
         account, used = await self._lookup_pool.run(self._find, username, password)
         if account is not None and used is not None:
             self._afterwards(
@@ -128,7 +128,7 @@ class AccountsChecker:
         return foreign.verify(hashed.reveal(), password, username)
 
     def _find(self, username: bytes, password: bytes) -> tuple[Account | None, AppPassword | None]:
-        username = _prepared_or_raw(username)
+        username = prepared_or_raw(username)
         account = self._accounts.lookup(username)
         # Asked for unknown names too: the same work.
         return account, self._accounts.app_password(username, password)
@@ -161,7 +161,7 @@ class AccountsChecker:
         return Verified(account)
 
     def _by_scram(self, credentials: Any) -> Verified:
-        name = _prepared_or_raw(credentials.username)
+        name = prepared_or_raw(credentials.username)
         account = self._accounts.lookup(name)
         scram = cast("IScramAccounts", self._accounts).scram
         good = credentials.check(scram(name, credentials.algorithm))
@@ -182,7 +182,7 @@ class AccountsChecker:
         return Verified(account)
 
     def _lookup(self, username: bytes) -> Account | None:
-        return self._accounts.lookup(_prepared_or_raw(username))
+        return self._accounts.lookup(prepared_or_raw(username))
 
 
 @implementer(IAnswers)
@@ -208,13 +208,13 @@ class Answers:
         return await self._pool.run(self._scram, query)
 
     def _scram(self, query: ScramQuery) -> ScramVerifier:
-        name = _prepared_or_raw(query.username)
+        name = prepared_or_raw(query.username)
         having = [each for each in self._with_scram if each.lookup(name) is not None]
         verifier: ScramVerifier = (having or self._with_scram)[0].scram(name, query.algorithm)
         return verifier
 
     def _has_apop(self, query: ApopQuery) -> bool:
-        name = _prepared_or_raw(query.username)
+        name = prepared_or_raw(query.username)
         having = [account for each in self._accounts if (account := each.lookup(name)) is not None]
         return bool(having) and having[0].has_apop
 
@@ -312,11 +312,3 @@ def _could_not(failure: Failure) -> None:
 
 def _kinds(checker: Any) -> tuple[InterfaceClass, ...]:
     return tuple(checker.credentialInterfaces)
-
-
-def _prepared_or_raw(text: bytes) -> bytes:
-    """As stored if it can be: what cannot be prepared equals nothing that is stored."""
-    try:
-        return prepared(text)
-    except BadCredentials:
-        return text
