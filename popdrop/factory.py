@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from twisted.cred.portal import Portal
-from twisted.internet.interfaces import IAddress, IReactorTime
+from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import deferLater
 
@@ -67,6 +67,7 @@ class POP3Factory(ServerFactory):
         self.takeover = takeover
         self.holders: dict[bytes, POP3Protocol] = {} if holders is None else holders
         self.protocols: set[POP3Protocol] = set()
+        self._leaving: dict[IDelayedCall, IAddress] = {}
         self.stopping = False
         self.inherits_options = False
         """Whether the listening socket hands TCP_NODELAY and keepalive on to its connections."""
@@ -102,9 +103,26 @@ class POP3Factory(ServerFactory):
         """A connection is gone."""
         self.protocols.discard(protocol)
 
+    def leave_later(self, peer: IAddress, seconds: float) -> None:
+        """Tell the throttle that a connection is gone, after so many seconds."""
+        if seconds <= 0 or self.stopping:
+            self.throttle.leave(peer)
+            return
+
+        def leave() -> None:
+            del self._leaving[call]
+            self.throttle.leave(peer)
+
+        call = self.clock.callLater(seconds, leave)
+        self._leaving[call] = peer
+
     async def stop(self, grace: float) -> None:
         """Let effects in progress end for `grace` seconds; a commit always ends."""
         self.stopping = True
+        for call, peer in self._leaving.items():
+            call.cancel()
+            self.throttle.leave(peer)
+        self._leaving.clear()
         end = self.clock.seconds() + grace
         while self.protocols:
             for protocol in set(self.protocols):

@@ -126,6 +126,9 @@ class Home(typing.Protocol):
     def forget(self, protocol: POP3Protocol) -> None:
         """A connection is gone."""
 
+    def leave_later(self, peer: IAddress, seconds: float) -> None:
+        """Tell the throttle that a connection is gone, after so many seconds."""
+
 
 @implementer(IHalfCloseableProtocol, IPushProducer)
 class POP3Protocol(Protocol):
@@ -157,6 +160,7 @@ class POP3Protocol(Protocol):
         self._first = True
         self._verified = False
         self._read_only = False
+        self._answer_due = 0.0
         self._reason = "disconnected"
         self._account = b""
         self._entered: bytes | None = None
@@ -241,7 +245,10 @@ class POP3Protocol(Protocol):
             self._release()
         self._rows = None
         if self._admitted:
-            self.factory.throttle.leave(self._address)
+            # Who hangs up before a failure is answered gains no time: the connection counts until
+            # then, or guesses could come as fast as they are verified.
+            left = self._answer_due - self.factory.clock.seconds()
+            self.factory.leave_later(self._address, left)
         if not self._committing:
             self._finish()
 
@@ -705,6 +712,8 @@ class POP3Protocol(Protocol):
         except LoginFailed:
             error = BadCredentials(FAILED)
         except CancelledError:
+            if not self._verified:
+                self._answer_due = received + throttle.delay(self._address, credentials.username)
             self._quit_user()
             self._record("failure", "abandoned", credentials.mechanism)
             raise
@@ -735,7 +744,8 @@ class POP3Protocol(Protocol):
                 detail=error.detail,
             )
         else:
-            wait = received + throttle.delay(self._address, credentials.username) - clock.seconds()
+            self._answer_due = received + throttle.delay(self._address, credentials.username)
+            wait = self._answer_due - clock.seconds()
             if wait > 0:
                 await deferLater(clock, wait)
         answer = self._session.refused(error)

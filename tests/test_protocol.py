@@ -8,6 +8,7 @@ from typing import Any
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, fail
 from twisted.internet.error import ConnectionDone
+from twisted.internet.interfaces import IAddress
 from twisted.internet.testing import StringTransport
 from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
@@ -266,6 +267,65 @@ class LoginTests(SynchronousTestCase):
         )
         protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
         self.assertIn(b"+OK bob has", transport.value())
+
+    def test_hanging_up_before_the_answer_gains_no_time(self) -> None:
+        """A guesser who does not wait for `-ERR` keeps his place until it would have come."""
+        for checked in (True, False):
+            server = Server(throttle="memory:per-address=1")
+            protocol, _ = server.connect()
+            if not checked:
+                server.checker.answer = Deferred()
+            protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+            lose(protocol)
+            self.assertIn(b"too many connections", server.connect()[1].value())
+            server.clock.advance(0.9)
+            self.assertIn(b"too many connections", server.connect()[1].value())
+            server.clock.advance(0.2)
+            self.assertNotIn(b"too many connections", server.connect()[1].value())
+
+    def test_an_answered_failure_and_a_success_keep_no_place(self) -> None:
+        server = Server(throttle="memory:per-address=1")
+        protocol, transport = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+        server.clock.advance(1)
+        self.assertIn(b"-ERR [AUTH]", transport.value())
+        lose(protocol)
+        protocol, transport = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+        self.assertIn(b"+OK bob has", transport.value())
+        lose(protocol)
+        protocol, _ = server.connect()
+        server.store.open_answer = Deferred()  # the credentials are good, a lock is held
+        protocol.dataReceived(b"USER bob\r\nPASS secret\r\n")
+        lose(protocol)
+        self.assertIn(b"+OK Popdrop", server.connect()[1].value())
+
+    def test_a_stop_waits_for_no_place(self) -> None:
+        server = Server(throttle="memory:per-address=1")
+        protocol, _ = server.connect()
+        protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+        lose(protocol)
+        self.successResultOf(Deferred.fromCoroutine(server.factory.stop(0)))
+        self.assertEqual(server.clock.getDelayedCalls(), [])
+        peer = protocol.transport.getPeer()
+        self.assertTrue(server.factory.throttle.admit(peer))
+
+    def test_spellings_of_one_name_are_one_user_to_the_throttle(self) -> None:
+        """SASLprep drops a soft hyphen: such names are the same account."""
+        server = Server(throttle="memory", policy=Policy(folding=Folding(True, True)))
+        asked = []
+        real = server.factory.throttle.attempt
+
+        def attempt(peer: IAddress, user: bytes, proof: bytes | None) -> Any:
+            asked.append((user, proof))
+            return real(peer, user, proof)
+
+        server.factory.throttle.attempt = attempt  # type: ignore[method-assign]
+        for name in ("bob", "b\u00adob", "BOB", "\uff22ob", "bob\uff20example.org"):
+            protocol, transport = server.connect()
+            protocol.dataReceived(b"USER " + name.encode() + b"\r\nPASS wrong\r\n")
+        self.assertEqual(len(set(asked)), 1, asked)
+        self.assertEqual(asked[0][0], b"bob")
 
     def test_unknown_user_and_wrong_password_read_alike(self) -> None:
         answers = []
