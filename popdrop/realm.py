@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from twisted.cred.portal import IRealm
 from twisted.internet.defer import Deferred
@@ -52,8 +53,8 @@ class Realm:
         self, avatarId: bytes | tuple[()], mind: object, *interfaces: type[Interface]
     ) -> Deferred[Avatar]:
         """An `IMaildrop`, or an `IMailboxPOP3` over it. Raises `PopdropError`."""
-        known = mind if isinstance(mind, Mind) else self._mind
-        return Deferred.fromCoroutine(self._avatar(avatarId, known, interfaces))
+        whose = mind if isinstance(mind, Mind) else self._mind
+        return Deferred.fromCoroutine(self._avatar(avatarId, whose, interfaces))
 
     async def _avatar(
         self, avatar: bytes | tuple[()] | str, mind: Mind, interfaces: Sequence[type[Interface]]
@@ -64,16 +65,11 @@ class Realm:
             avatar = avatar.encode("utf-8")
         if not isinstance(avatar, bytes) or not acceptable_name(avatar):
             raise BadCredentials(FAILED, "name")
-        if isinstance(avatar, Verified) and not avatar.foreign:
-            account = avatar.account
+        if isinstance(avatar, Verified) and not avatar.foreign and len(self._accounts) < 2:
+            known = [avatar.account]
         else:
-            account = await self._pool.run(self._look_up, avatar)
-        refusal = account_refusal(
-            mind.policy, account, mind.cleartext, mind.peer, self._clock(), self._rosters()
-        )
-        if refusal is not None:
-            told = refusal == "apop-account" and mind.policy.wording == "strict"
-            raise BadCredentials(STRONGER if told else FAILED, refusal)
+            known = await self._pool.run(self._look_up, avatar)
+        account = self._allowed(known, mind)
         mind.verified(account)
         name = account.name.decode("utf-8")
         owner = Owner(
@@ -93,23 +89,40 @@ class Realm:
             raise
         return IMailboxPOP3, MaildropAsMailbox(drop), logout
 
-    def _look_up(self, avatar: bytes) -> Account:
-        """Ours of that name if there is one, completed by what was reported, then by the system."""
+    def _allowed(self, known: Sequence[Account], mind: Mind) -> Account:
+        """The first account, if the rules of all let it in. Raises `BadCredentials`."""
+        for each in known:
+            refusal = account_refusal(
+                mind.policy, each, mind.cleartext, mind.peer, self._clock(), self._rosters()
+            )
+            if refusal is not None:
+                told = refusal == "apop-account" and mind.policy.wording == "strict"
+                raise BadCredentials(STRONGER if told else FAILED, refusal)
+        account = known[0]
+        if any(each.read_only for each in known):
+            account = account._replace(scope=replace(account.scope, read_only=True))
+        return account
+
+    def _look_up(self, avatar: bytes) -> list[Account]:
+        """Whose maildrop it is, and all of ours of that name: the rules of all of them hold.
+
+        Another database may have verified than the one that says that he is disabled. The first is
+        what was verified if that was one of ours; else the first of ours, or what was reported,
+        completed by the other and by the system.
+        """
         name = bytes(avatar)
+        ours = [found for each in self._accounts if (found := each.lookup(name)) is not None]
+        if isinstance(avatar, Verified) and not avatar.foreign:
+            return [avatar.account, *ours]
         reported = avatar.account if isinstance(avatar, Verified) else Account(name)
-        for accounts in self._accounts:
-            account = accounts.lookup(name)
-            if account is not None:
-                # What the checker knows of him holds as well as what we do.
-                account = account._replace(
-                    disabled=account.disabled or reported.disabled, app=reported.scope
-                )
-                if account.uid is None:
-                    account = account._replace(
-                        uid=reported.uid,
-                        gid=reported.gid,
-                        home=reported.home,
-                        shell=reported.shell,
-                    )
-                return account
-        return reported if reported.uid is not None else self._system(reported)
+        if not ours:
+            return [reported if reported.uid is not None else self._system(reported)]
+        # What the checker knows of him holds as well as what we do.
+        account = ours[0]._replace(
+            disabled=ours[0].disabled or reported.disabled, app=reported.scope
+        )
+        if account.uid is None:
+            account = account._replace(
+                uid=reported.uid, gid=reported.gid, home=reported.home, shell=reported.shell
+            )
+        return [account, *ours[1:]]

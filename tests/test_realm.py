@@ -11,7 +11,7 @@ from popdrop.errors import BadCredentials
 from popdrop.interfaces import IMaildrop
 from popdrop.policy import Mind, Policy, Rosters
 from popdrop.realm import Realm
-from popdrop.values import Account, Owner, PeerFacts, Scope, Verified
+from popdrop.values import Account, Owner, PeerFacts, Scope, Secret, Verified
 from tests.doubles import Store
 from tests.test_checkers import Hops
 
@@ -32,7 +32,7 @@ class RealmTests(SynchronousTestCase):
         realm = Realm(
             store,
             Hops(),  # type: ignore[arg-type]
-            [Accounts(*ours)],  # type: ignore[list-item]
+            more.get("databases", [Accounts(*ours)]),
             lambda account: account._replace(uid=500, home="/home/system"),
             Policy(),
             more.get("rosters", Rosters),
@@ -96,3 +96,35 @@ class RealmTests(SynchronousTestCase):
     def test_names_that_become_no_path(self) -> None:
         for name in (b"../x", b"", b"a/b", b".", b"bob.lock"):
             self.refused("name", Verified(Account(name), foreign=True))
+
+    def test_the_rules_of_all_databases_hold(self) -> None:
+        """The first has nothing to verify a password with, so that the chain has gone on."""
+        second = Account(b"bob", Secret(b"hash"), uid=77)
+        for rule, reason in (
+            (Account(b"bob", disabled=True), "disabled"),
+            (Account(b"bob", scope=Scope(expires=5)), "expired"),
+            (Account(b"bob", apop_secret=Secret(b"s")), "apop-account"),
+        ):
+            for databases in (
+                [Accounts(rule), Accounts(second)],
+                [Accounts(second), Accounts(rule)],
+                [Accounts(), Accounts(second), Accounts(rule)],
+            ):
+                for avatar in (Verified(second), Verified(Account(b"bob", uid=77), foreign=True)):
+                    self.refused(reason, avatar, databases=databases, clock=lambda: 10.0)
+
+    def test_read_only_in_one_database_is_read_only(self) -> None:
+        second = Account(b"bob", Secret(b"hash"), uid=77, home="/home/bob")
+        databases = [Accounts(Account(b"bob", scope=Scope(read_only=True))), Accounts(second)]
+        seen: list[Account] = []
+        realm = Realm(Store([]), Hops(), databases)  # type: ignore[arg-type]
+        mind = Mind(Policy(), True, PeerFacts("192.0.2.7"), seen.append)
+        self.successResultOf(realm.requestAvatar(Verified(second), mind, IMaildrop))
+        self.assertTrue(seen[0].read_only)
+        self.assertEqual((seen[0].uid, seen[0].home), (77, "/home/bob"))
+
+    def test_whoever_verified_is_whose_maildrop_it_is(self) -> None:
+        second = Account(b"bob", Secret(b"hash"), uid=78, home="/home/two", app=Scope(expires=99))
+        databases = [Accounts(Account(b"bob", uid=77, home="/home/one")), Accounts(second)]
+        store = self.open(Verified(second), databases=databases)
+        self.assertEqual(store.owners, [Owner("bob", "", "/home/two", 78)])

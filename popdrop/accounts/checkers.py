@@ -189,7 +189,7 @@ class AccountsChecker:
 class Answers:
     """Answers the questions of sessions, in the pool of look-ups.
 
-    The first of `accounts` that has one of the name gives the answer, and all are looked through
+    The first that has an account of the name gives a verifier. All `accounts` are looked through
     for every name, so that the time tells nothing. `with_scram` are those of them that provide
     `IScramAccounts` and have a key.
     """
@@ -216,7 +216,7 @@ class Answers:
     def _has_apop(self, query: ApopQuery) -> bool:
         name = prepared_or_raw(query.username)
         having = [account for each in self._accounts if (account := each.lookup(name)) is not None]
-        return bool(having) and having[0].has_apop
+        return any(account.has_apop for account in having)  # as the realm asks
 
 
 @implementer(ICredentialsChecker)
