@@ -9,6 +9,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from popdrop.accounts import rosters as module
 from popdrop.accounts.rosters import RosterFiles
 from popdrop.errors import ConfigError
+from popdrop.policy import Folding
 
 
 class RosterTests(SynchronousTestCase):
@@ -32,6 +33,18 @@ class RosterTests(SynchronousTestCase):
         found = RosterFiles(allow, deny, False).current()
         self.assertEqual(found.allowed, {b"bob", b"eve", "Jürgen".encode()})
         self.assertEqual(found.denied, {b"carol"})
+
+    def test_names_mean_what_they_mean_in_user(self) -> None:
+        """`Bob` in the list of the denied would have denied nobody where names are folded."""
+        deny = self.write("deny", b"Bob\nEve@x.org\n")
+        for folding, wanted in (
+            (Folding(), {b"Bob", b"Eve@x.org"}),
+            (Folding(lower=True), {b"Bob", b"bob", b"Eve@x.org", b"eve@x.org"}),
+            (Folding(lower=True, trim_domain=True), {b"Bob", b"bob", b"Eve@x.org", b"eve"}),
+            (Folding(default_domain="a.b"), {b"Bob", b"Bob@a.b", b"Eve@x.org"}),
+        ):
+            self.assertEqual(RosterFiles(None, deny, False, folding).current().denied, wanted)
+            self.assertEqual(RosterFiles(deny, None, False, folding).current().allowed, wanted)
 
     def test_an_empty_list_of_the_allowed_lets_nobody_in(self) -> None:
         self.assertEqual(

@@ -12,12 +12,14 @@ from twisted.logger import Logger
 
 from popdrop.credentials import prepared
 from popdrop.errors import BadCredentials, ConfigError
-from popdrop.policy import Rosters
+from popdrop.policy import Folding, Rosters
 
 log = Logger()
 
 SHELLS = "/etc/shells"
 """shells(5)."""
+
+UNFOLDED = Folding()
 
 _Stamp = tuple[int, int, int]
 
@@ -25,10 +27,15 @@ _Stamp = tuple[int, int, int]
 class RosterFiles:
     """The lists as they were read last. Raises `ConfigError` where one cannot be read.
 
-    `shells`: whether system accounts need a shell of `/etc/shells`.
+    `shells`: whether system accounts need a shell of `/etc/shells`. `folding` is what is done to
+    the names of clients: a name in a list means what it means in USER, and itself, too, since a
+    checker may report it.
     """
 
-    def __init__(self, allow: str | None, deny: str | None, shells: bool) -> None:
+    def __init__(
+        self, allow: str | None, deny: str | None, shells: bool, folding: Folding = UNFOLDED
+    ) -> None:
+        self._folding = folding
         self._allow = _File("--auth-file", allow) if allow is not None else None
         self._deny = _File("--nonauth-file", deny) if deny is not None else None
         self._shells = _File("--require-shell", SHELLS) if shells else None
@@ -58,8 +65,8 @@ class RosterFiles:
     def _gather(self) -> None:
         shells = self._shells
         self._rosters = Rosters(
-            allowed=self._allow.names() if self._allow is not None else None,
-            denied=self._deny.names() if self._deny is not None else frozenset(),
+            allowed=self._allow.names(self._folding) if self._allow is not None else None,
+            denied=self._deny.names(self._folding) if self._deny is not None else frozenset(),
             shells=None if shells is None else frozenset(map(os.fsdecode, shells.lines)),
         )
 
@@ -87,11 +94,12 @@ class _File:
         self._stamp = stamp
         return True
 
-    def names(self) -> frozenset[bytes]:
+    def names(self, folding: Folding) -> frozenset[bytes]:
         found = set()
         for line in self.lines:
             try:
-                found.add(prepared(line))
+                name = prepared(line)
+                found |= {name, folding(name)}
             except BadCredentials:
                 log.warn("{path}: a line is no name, so left out", path=self._path)
         return frozenset(found)
