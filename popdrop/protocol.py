@@ -76,6 +76,9 @@ Some clients never answer the closing of TLS, and Twisted would wait for them.
 """
 STOP_CLOSE_GRACE: Final = 1.0
 """The same when the server stops."""
+ASKED_SECONDS: Final = 0.005
+"""Seconds after which a question to the accounts is answered at the earliest. The look-ups take
+57 us for names that have an account and 44 us for others, and nobody has logged in yet."""
 NOBODY: Final = UNIXAddress(None)
 """A peer without an address, as long as only a proxy knows it."""
 RECORDED: Final = frozenset(
@@ -674,10 +677,15 @@ class POP3Protocol(Protocol):
     # Login
 
     async def _ask(self, query: Query) -> None:
+        clock = self.factory.clock
+        received = clock.seconds()
         try:
             if self.factory.answers is None:
                 raise RuntimeError("a mechanism is offered that asks the accounts; there are none")
             answer = await self.factory.answers.answer(query)
+            wait = received + ASKED_SECONDS - clock.seconds()
+            if wait > 0 and self.factory.throttle.floor:
+                await deferLater(clock, wait)
         except PopdropError as refusal:
             error = refusal
         except CancelledError:

@@ -166,6 +166,11 @@ def _allow_many_files() -> None:
     resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
+def _leave_no_core() -> None:
+    # It would hold passwords and the key of the sealed secrets.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
+
+
 def _is_free(port: int) -> bool:
     try:
         socket.create_server(("127.0.0.1", port)).close()
@@ -270,7 +275,10 @@ class Popdrop(Service):
     def _portal(self, checkers: list[Any], kinds: set[Any], policy: Policy) -> Portal:
         options = self._options
         self._rosters = RosterFiles(
-            options["auth-file"], options["nonauth-file"], bool(options["require-shell"])
+            options["auth-file"],
+            options["nonauth-file"],
+            bool(options["require-shell"]),
+            policy.folding,
         )
         realm = Realm(
             self._store(),
@@ -453,6 +461,11 @@ class Popdrop(Service):
                 plain = tls = 0
             texts = [text.format(plain=plain, tls=tls, pem=pem) for text in LOOPBACK_LISTENERS]
         found = [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
+        if self._options["stls"] == "require" and any(each.scheme == "stdio" for each in found):
+            raise ConfigError(
+                "--stls require: stdio: cannot begin TLS, so nobody could log in there, or all"
+                " could without TLS; use another --listen, or --stls offer"
+            )
         under_tls = self._options["stls"] != "off" or any(each.implicit_tls for each in found)
         if self._options["client-ca"] is not None and not under_tls:
             raise ConfigError(
@@ -544,6 +557,7 @@ class Popdrop(Service):
         """Listen, while the rights of the start are still there."""
         super().privilegedStartService()  # type: ignore[no-untyped-call]
         _allow_many_files()
+        _leave_no_core()
         self._listen()
         self._start_helper()
         self._hand_over()

@@ -35,7 +35,7 @@ from popdrop.errors import (
 )
 from popdrop.interfaces import IAnswers, IBearerToken, IExternal, IScramCredentials
 from popdrop.policy import CLEARTEXT, Policy, mechanism_is_open
-from popdrop.protocol import POP3Protocol
+from popdrop.protocol import ASKED_SECONDS, POP3Protocol
 from popdrop.realm import Realm
 from popdrop.sasl import MECHANISMS, ApopQuery, ScramQuery
 from popdrop.session import (
@@ -387,6 +387,7 @@ class Site(Server):
         """A whole exchange; the last line of the server."""
         client = Client("SCRAM-SHA-256", user, password)
         protocol.dataReceived(b"AUTH SCRAM-SHA-256 " + b64encode(client.first()) + b"\r\n")
+        self.clock.advance(ASKED_SECONDS)
         first = self.answered(transport)
         if not first.startswith(b"+ "):
             return first
@@ -562,6 +563,7 @@ class ShellTests(SynchronousTestCase):
             client = Client(mechanism, "bob", "wrong")
             protocol.dataReceived(b"AUTH SCRAM-SHA-1\r\n")
             say(client.first())
+            site.clock.advance(ASKED_SECONDS)
             say(client.final(b64decode(site.answered(transport)[2:])))
         elif mechanism == "EXTERNAL":
             protocol._met = True
@@ -601,6 +603,21 @@ class ShellTests(SynchronousTestCase):
         self.assertEqual(site.clock.getDelayedCalls(), [])
         protocol, transport = site.connect()
         self.assertIn(b"+OK bob", site.scram(protocol, transport, "bob", "secret"))
+
+    def test_the_time_of_a_question_tells_nothing(self) -> None:
+        """Whether the look-up took no time or some: the challenge comes at one moment."""
+        for took in (0.0, ASKED_SECONDS / 2):
+            site = Site("memory")
+            site.pool.hold = Deferred()
+            protocol, transport = site.connect()
+            protocol.dataReceived(b"AUTH SCRAM-SHA-1 " + b64encode(b"n,,n=bob,r=x") + b"\r\n")
+            transport.clear()
+            site.clock.advance(took)
+            site.pool.hold.callback(None)
+            site.clock.advance(ASKED_SECONDS * 0.9 - took)
+            self.assertEqual(transport.value(), b"")
+            site.clock.advance(ASKED_SECONDS * 0.2)
+            self.assertTrue(transport.value().startswith(b"+ "))
 
     def test_a_client_that_leaves_during_the_question(self) -> None:
         for answered in (False, True):
@@ -716,6 +733,11 @@ class CheckerTests(SynchronousTestCase):
             result: list[object] = []
             Deferred.fromCoroutine(answers.answer(ApopQuery(name))).addBoth(result.append)
             self.assertEqual(result, [wanted], name)
+        # The rules of all databases hold, as in the realm.
+        both = Answers([ScramAccounts(**{"with": "x"}), Accounts()], [], Pool())  # type: ignore[list-item,arg-type]
+        second: list[object] = []
+        Deferred.fromCoroutine(both.answer(ApopQuery(b"with"))).addBoth(second.append)
+        self.assertEqual(second, [True])
 
     def test_answers(self) -> None:
         """The first database that has the name, else the first one's made-up verifier."""

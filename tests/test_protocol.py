@@ -322,7 +322,7 @@ class LoginTests(SynchronousTestCase):
 
         server.factory.throttle.attempt = attempt  # type: ignore[method-assign]
         for name in ("bob", "b\u00adob", "BOB", "\uff22ob", "bob\uff20example.org"):
-            protocol, transport = server.connect()
+            protocol, _ = server.connect()
             protocol.dataReceived(b"USER " + name.encode() + b"\r\nPASS wrong\r\n")
         self.assertEqual(len(set(asked)), 1, asked)
         self.assertEqual(asked[0][0], b"bob")

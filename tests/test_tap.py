@@ -20,6 +20,7 @@ LOOPBACK = ("--listen", "tcp:0:interface=127.0.0.1")
 
 WRONG_OPTIONS = (
     (("--cleartext", "sometimes"), "--cleartext takes one of default, never"),
+    (("--stls", "require", "--listen", "stdio:"), "--stls require: stdio: cannot begin TLS"),
     (("--stls", "maybe"), "--stls takes one of offer, require, off"),
     (("--apop-users", "maybe"), "--apop-users takes one of refuse, allow"),
     (("--nonsense",), "nonsense"),

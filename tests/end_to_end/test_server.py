@@ -6,6 +6,7 @@ import hashlib
 import os
 import poplib
 import re
+import resource
 import signal
 import socket
 import ssl
@@ -523,6 +524,15 @@ class AttackTests(ServerCase):
         other = server.client()
         self.assertIn("UIDL", other.capa())
         self.assertLess(self.memory(server) - before, 32 << 20)
+
+    def test_no_core_file(self) -> None:
+        """It would hold passwords and the key."""
+        before = resource.getrlimit(resource.RLIMIT_CORE)
+        self.addCleanup(resource.setrlimit, resource.RLIMIT_CORE, before)
+        resource.setrlimit(resource.RLIMIT_CORE, (before[1], before[1]))
+        server = self.serve()
+        found, _ = resource.prlimit(server.process.pid, resource.RLIMIT_CORE)
+        self.assertEqual(found, 0)
 
     def memory(self, server: Twistd) -> int:
         """Resident octets of the server."""
