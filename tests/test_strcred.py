@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from ipaddress import ip_network
 from typing import Any
 
 from twisted.cred.checkers import ICredentialsChecker
@@ -24,7 +25,7 @@ from popdrop.accounts.checkers import BackendChecker, Chain
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.credentials import Cleartext
 from popdrop.errors import BadCredentials, ConfigError, NoSuchUser, TemporaryFailure
-from popdrop.values import Account, Secret, Verified
+from popdrop.values import Account, Scope, Secret, Verified
 from tests.end_to_end.harness import DEADLINE, ROOT
 from tests.test_checkers import Hops
 from tests.test_checkpassword import REFUSED_NAMES, apop
@@ -68,6 +69,43 @@ class PluginTests(SynchronousTestCase):
         self.assertEqual(self.successResultOf(checker.requestAvatarId(given)), b"bob")
         wrong = checker.requestAvatarId(UsernamePassword(b"bob", b"Secret"))
         self.failureResultOf(wrong, BadCredentials)
+
+    def test_the_account_s_rules_hold_in_other_programs(self) -> None:
+        """There is no realm of ours there, and a disabled account logged in."""
+        path = os.path.join(self.folder, "accounts.db")
+        AccountsDatabase.create(path)
+        database = AccountsDatabase(path)
+        database.add(b"bob", Secret(b"secret"))
+        office = (ip_network("192.0.2.0/24"),)
+        words = {
+            label: database.add_app_password(b"bob", label, scope).reveal()
+            for label, scope in (
+                ("phone", Scope()),
+                ("reader", Scope(read_only=True)),
+                ("office", Scope(networks=office)),
+                ("old", Scope(expires=1)),
+            )
+        }
+        checker = makeChecker(f"accounts:{path}")
+
+        def outcome(password: bytes) -> object:
+            asked = checker.requestAvatarId(UsernamePassword(b"bob", password))
+            found: list[Any] = []
+            asked.addBoth(found.append)
+            return getattr(getattr(found[0], "value", None), "detail", found[0])
+
+        for password, wanted in (
+            (b"secret", b"bob"),
+            (words["phone"], b"bob"),
+            (words["reader"], "read-only"),
+            (words["office"], "network"),
+            (words["old"], "expired"),
+        ):
+            self.assertEqual(outcome(password), wanted)
+        database.disable(b"bob")
+        database.close()
+        for password in (b"secret", words["phone"]):
+            self.assertEqual(outcome(password), "disabled")
 
     def test_wrong_arguments(self) -> None:
         for text in (
