@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import stat
+from collections.abc import Callable
 from ipaddress import ip_network
 from typing import Any
 
@@ -400,6 +401,55 @@ class RekeyTests(DatabaseCase):
         again = self.open()
         self.assertEqual(again.rekey(), 3)
         self.assertEqual(self.secrets(self.open()), [b"secret", True])
+
+    def between(self, accounts: AccountsDatabase, what: Callable[[], object]) -> None:
+        """`rekey`, and `what` when all is sealed anew but the new key has not got its name."""
+        real = accounts._settle_key
+
+        def settle(*args: Any) -> None:
+            patch.restore()
+            what()
+            real(*args)
+
+        patch = self.patch(accounts, "_settle_key", settle)
+        accounts.rekey()
+
+    def test_a_server_that_looks_in_between_gives_the_key_its_name(self) -> None:
+        accounts, running = self.filled(), self.open()
+        self.between(accounts, lambda: self.assertEqual(self.secrets(running), [b"secret", True]))
+        for each in (accounts, running, self.open()):
+            self.assertEqual(self.secrets(each), [b"secret", True])
+
+    def test_what_a_server_writes_meanwhile_is_sealed_with_the_new_key(self) -> None:
+        """Its look at the files may be a second old, and what it sealed then opened no more."""
+        accounts = self.filled()
+        running = AccountsDatabase(self.path, look_every=1000.0)
+        self.addCleanup(running.close)
+        bob = self.found(running, b"bob")
+        self.between(accounts, lambda: self.assertTrue(running.improve(bob, Secret(b"one"))))
+        self.assertEqual(self.secrets(self.open()), [b"secret", True])
+        accounts.rekey()
+        self.assertTrue(running.improve(bob, Secret(b"one")))
+        running.change(b"bob", password=Secret(b"one"), apop=Secret(b"secret"))
+        self.assertEqual(self.secrets(self.open()), [b"secret", True])
+
+    def test_another_rekey_in_between_takes_no_key_away(self) -> None:
+        """The first gave the name to the new key of the second, which then came to nothing."""
+        accounts, other = self.filled(), self.open()
+
+        def fails(*args: Any) -> None:
+            raise Killed
+
+        def rekey() -> None:
+            patch = self.patch(other, "_resealed", fails)
+            self.assertRaises(Killed, other.rekey)
+            patch.restore()
+
+        self.between(accounts, rekey)
+        self.assertEqual(self.secrets(self.open()), [b"secret", True])
+        self.between(self.open(), self.open().rekey)
+        self.assertEqual(self.secrets(self.open()), [b"secret", True])
+        self.assertNotIn("accounts.db.key.next", os.listdir(self.folder))
 
     def test_a_secret_that_does_not_open_stops_it(self) -> None:
         accounts = self.filled()

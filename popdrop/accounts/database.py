@@ -19,7 +19,7 @@ import time
 from base64 import b32encode
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
@@ -486,7 +486,9 @@ class AccountsDatabase:
             opened.connection.execute(
                 "INSERT OR REPLACE INTO meta (name, value) VALUES ('key', ?)", (vault.key_id,)
             )
-        self._settle_key(source)
+        if source is self._key:
+            with self._administration() as opened:
+                self._settle_key(opened, vault.key_id)
         self._key = source
         self._vault = (None, None)
         return count
@@ -500,10 +502,20 @@ class AccountsDatabase:
             _make_key_file(path, self._file)
         return KeyFile(path)
 
-    def _settle_key(self, source: KeySource) -> None:
-        if source is self._key and source.path is not None:
-            os.rename(source.path + NEXT_KEY, source.path)
-            sync_folder(os.path.dirname(source.path))
+    def _settle_key(self, opened: Opened, wanted: bytes) -> None:
+        """Give the key `wanted`, which all is sealed under now, its name, if that is still to do.
+
+        Nobody else may write meanwhile: the new file could be that of the next `rekey` by now.
+        """
+        connection, path = opened.connection, self._key.path
+        if path is None:
+            return
+        with nullcontext() if connection.in_transaction else transaction(connection):
+            with suppress(FileNotFoundError):  # done by another, as a server that has looked
+                following = Vault(KeyFile(path + NEXT_KEY).load(), opened.database_id)
+                if following.key_id == wanted == rows.meta(connection, "key"):
+                    os.rename(path + NEXT_KEY, path)
+                    sync_folder(os.path.dirname(path))
 
     # Parts
 
@@ -612,7 +624,7 @@ class AccountsDatabase:
         """The vault under the key that was just looked at. Raises `ConfigError`, `OSError`."""
         stamp = (opened.database_id, opened.seen.key)
         known, vault = self._vault
-        if known == stamp:
+        if known == stamp and not self._is_overtaken(opened, vault):
             return vault
         if opened.seen.key is not None:
             vault = self._finished_vault(opened, Vault(self._key.load(), opened.database_id))
@@ -620,6 +632,15 @@ class AccountsDatabase:
             raise ConfigError(f"{self._key.what}: gone; restore it from the backup")
         self._vault = (stamp, vault)
         return vault
+
+    def _is_overtaken(self, opened: Opened, vault: Vault | None) -> bool:
+        """Whether a `rekey` was done since the last look, so that nothing may be sealed by `vault`.
+
+        Asked by those who write: they alone see the end of it. Who reads sees what does not open.
+        """
+        if vault is None or not opened.connection.in_transaction:
+            return False
+        return rows.meta(opened.connection, "key") not in (None, vault.key_id)
 
     def _finished_vault(self, opened: Opened, vault: Vault) -> Vault:
         """`vault`, or the one of a `rekey` that was killed before the new key had its name."""
@@ -632,8 +653,9 @@ class AccountsDatabase:
             return vault
         if following.key_id != wanted:
             return vault
-        with suppress(OSError):  # one who may only read leaves it to one who may write
-            self._settle_key(self._key)
+        # Who may only read leaves it to one who may write.
+        with suppress(OSError, ConfigError, sqlite3.Error):
+            self._settle_key(opened, following.key_id)
         return following
 
     def _vault_for_writing(self, opened: Opened) -> Vault:
