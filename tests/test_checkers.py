@@ -23,13 +23,13 @@ from twisted.cred.error import UnauthorizedLogin
 from twisted.cred.portal import IRealm, Portal
 from twisted.internet.defer import Deferred, fail, maybeDeferred, succeed
 from twisted.trial.unittest import SynchronousTestCase
-from zope.interface import Interface, implementer
+from zope.interface import Interface, classImplements, implementer
 from zope.interface.verify import verifyObject
 
 from popdrop.accounts.checkers import AccountsChecker, Chain, Recent
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.accounts.secrets import Hasher
-from popdrop.credentials import FAILED, ApopCredentials, Cleartext
+from popdrop.credentials import FAILED, ApopCredentials, Cleartext, ExternalCredentials
 from popdrop.errors import (
     BadCredentials,
     ConfigError,
@@ -199,6 +199,17 @@ class RecentTests(CheckerCase):
         self.accounts.disable(b"bob")
         self.assertTrue(self.verified(self.shown(b"hunter3")).account.disabled)
 
+    def test_each_part_counts(self) -> None:
+        recent = Recent(60.0)
+        keys = {
+            recent.key(Account(name, version=version), client, password)
+            for name in (b"bob", b"eve")
+            for version in (7, 8)
+            for client in ("192.0.2.1", "")
+            for password in (b"x", b"y")
+        }
+        self.assertEqual(len(keys), 16)
+
     def test_no_password_is_kept(self) -> None:
         recent = Recent(60.0)
         key = recent.key(Account(b"bob", version=7), "192.0.2.1", b"hunter2")
@@ -231,6 +242,17 @@ class ImproveTests(CheckerCase):
         self.assertIn(b"m=19456,t=2,p=1", kinds["password"])
         self.verified(Cleartext(b"bob", b"hunter2"))
 
+    def test_missing_scram_alone(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(connection.close)
+        connection.execute("DELETE FROM verifier WHERE kind = 'scram-sha-1'")
+        for hashes in (2, 1):
+            before = self.hashes.count
+            self.verified(Cleartext(b"bob", b"hunter2"))
+            self.assertEqual(self.hashes.count - before, hashes)
+        self.assertEqual(len(connection.execute("SELECT 1 FROM verifier").fetchall()), 3)
+
     def test_not_again_and_again_without_a_key(self) -> None:
         self.accounts.add(b"bob", Secret(b"hunter2"))
         os.unlink(self.path + ".key")
@@ -242,7 +264,53 @@ class ImproveTests(CheckerCase):
         self.assertEqual(self.hashes.count - before, 1)
 
 
+class Scram:
+    """SCRAM credentials that are satisfied by anything, or by nothing."""
+
+    algorithm = "SHA-256"
+
+    def __init__(self, username: bytes, good: bool) -> None:
+        self.username = username
+        self.good = good
+
+    def check(self, verifier: object) -> bool:
+        return self.good
+
+
+classImplements(Scram, IScramCredentials)
+
+
 class AccountsCheckerTests(CheckerCase):
+    def test_scram_goes_on_only_where_there_is_nothing_to_verify_with(self) -> None:
+        self.accounts.add(b"bob", Secret(b"hunter2"))
+        self.accounts.add(b"old", Secret(b"hunter2"))
+        self.accounts.add(b"apop", apop=Secret(b"tanstaaf"))
+        connection = sqlite3.connect(self.path, isolation_level=None)
+        self.addCleanup(connection.close)
+        connection.execute("DELETE FROM verifier WHERE kind LIKE 'scram%' AND name = ?", (b"old",))
+        for name, kind in (
+            (b"bob", BadCredentials),
+            (b"old", NoVerifierOfThisKind),
+            (b"apop", NoVerifierOfThisKind),
+            (b"nobody", NoSuchUser),
+        ):
+            self.refused(Scram(name, False), kind)
+        self.refused(Scram(b"nobody", True), NoSuchUser)
+        self.assertEqual(self.verified(Scram("b\u00adob".encode(), True)), b"bob")
+
+    def test_names_are_prepared_for_every_mechanism(self) -> None:
+        """Other programs do not prepare them."""
+        self.accounts.add(b"bob", apop=Secret(b"tanstaaf"))
+        name = "b\u00adob".encode()
+        for credentials in (apop(name, b"tanstaaf"), ExternalCredentials(name)):
+            self.assertEqual(self.verified(credentials), b"bob")
+
+    def test_deleted_between_the_two_look_ups(self) -> None:
+        self.accounts.add(b"bob")
+        words = self.accounts.add_app_password(b"bob", "phone").reveal()
+        self.patch(self.accounts, "lookup", lambda name: None)
+        self.refused(Cleartext(b"bob", words), NoSuchUser)
+
     def test_interfaces(self) -> None:
         verifyObject(ICredentialsChecker, self.checker)
         self.assertEqual(

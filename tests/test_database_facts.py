@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sqlite3
 import stat
 from collections.abc import Callable
@@ -16,7 +18,8 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.accounts import database as module
 from popdrop.accounts import rows, scram, sqlitefile
-from popdrop.accounts.database import AccountsDatabase, Refused
+from popdrop.accounts.database import AccountsDatabase, Incoming, Refused
+from popdrop.accounts.secrets import Vault
 from popdrop.errors import ConfigError, TemporaryFailure
 from popdrop.values import Scope, ScramVerifier, Secret
 from tests.test_database import DatabaseCase
@@ -47,6 +50,56 @@ def scram_login(verifier: ScramVerifier, algorithm: str, password: str) -> bool:
 
 
 class ScramTests(DatabaseCase):
+    def test_a_password_taken_away_takes_scram_with_it(self) -> None:
+        accounts = self.make()
+        for change in (
+            lambda: accounts.set_password(b"bob", None),
+            lambda: accounts.merge(
+                [Incoming(b"bob", password_hash=Secret(b"$1$x$y"))], replace=True
+            ),
+        ):
+            with contextlib.suppress(Refused):
+                accounts.delete(b"bob")
+            accounts.add(b"bob", Secret(b"one"))
+            for algorithm in scram.KINDS:
+                self.assertTrue(scram_login(accounts.scram(b"bob", algorithm), algorithm, "one"))
+            change()
+            for algorithm in scram.KINDS:
+                found = accounts.scram(b"bob", algorithm)
+                self.assertFalse(scram_login(found, algorithm, "one"))
+
+    def test_a_lost_key_s_verifiers_go_when_there_is_a_new_key(self) -> None:
+        """Until the next login by password there are made-up ones; none that do not open."""
+        self.make().add(b"bob", Secret(b"one"))
+        os.unlink(self.key_path)
+        accounts = self.open()
+        accounts.add(b"eve", apop=Secret(b"secret"))
+        bob = self.found(accounts, b"bob")
+        self.assertTrue(bob.lacks_scram)
+        self.assertFalse(scram_login(accounts.scram(b"bob", "SHA-1"), "SHA-1", "one"))
+        self.assertTrue(accounts.improve(bob, Secret(b"one")))
+        self.assertTrue(scram_login(accounts.scram(b"bob", "SHA-1"), "SHA-1", "one"))
+
+    def test_the_same_number_of_secrets_is_opened_for_every_name(self) -> None:
+        accounts = self.make()
+        accounts.add(b"bob", Secret(b"one"))
+        accounts.add(b"both", Secret(b"one"), Secret(b"two"))
+        accounts.add(b"apop", apop=Secret(b"two"))
+        opened: list[int] = []
+        real = Vault.open
+
+        def watched(*args: Any) -> Secret:
+            opened.append(1)
+            return real(*args)
+
+        self.patch(Vault, "open", watched)
+        for name in (b"bob", b"both", b"apop", b"nobody"):
+            opened.clear()
+            accounts.lookup(name)
+            self.assertEqual(len(opened), 1, name)
+            accounts.scram(name, "SHA-256")
+            self.assertEqual(len(opened), 2, name)
+
     def test_a_password_makes_verifiers(self) -> None:
         accounts = self.make()
         accounts.add(b"bob", Secret("pässword".encode()))
@@ -274,6 +327,17 @@ class FactTests(DatabaseCase):
 
 
 class RenameTests(DatabaseCase):
+    def test_a_new_name_is_a_new_version(self) -> None:
+        """The memory of good logins goes by name and version: nothing of an earlier eve's counts."""
+        accounts = self.make()
+        versions = set()
+        for _ in range(3):
+            accounts.add(b"bob", Secret(b"one"))
+            accounts.rename(b"bob", b"eve")
+            versions.add(self.found(accounts, b"eve").version)
+            accounts.delete(b"eve")
+        self.assertEqual(len(versions), 3)
+
     def test_everything_comes_along(self) -> None:
         accounts = self.make()
         accounts.add(b"bob", Secret(b"one"), Secret(b"secret"))
@@ -460,6 +524,13 @@ class RekeyTests(DatabaseCase):
         self.assertEqual(self.key(self.key_path), before)
         bob = self.found(self.open(), b"bob")
         self.assertIsNotNone(bob.apop_secret)
+
+    def test_to_the_same_key(self) -> None:
+        accounts = self.filled()
+        new = os.path.join(self.folder, "copy.key")
+        shutil.copy(self.key_path, new)
+        failure = self.assertRaises(Refused, accounts.rekey, f"file:{new}")
+        self.assertIn("copy.key: the same key as before", str(failure))
 
     def test_to_another_source(self) -> None:
         accounts = self.filled()

@@ -510,12 +510,13 @@ class AccountsDatabase:
         connection, path = opened.connection, self._key.path
         if path is None:
             return
-        with nullcontext() if connection.in_transaction else transaction(connection):
-            with suppress(FileNotFoundError):  # done by another, as a server that has looked
-                following = Vault(KeyFile(path + NEXT_KEY).load(), opened.database_id)
-                if following.key_id == wanted == rows.meta(connection, "key"):
-                    os.rename(path + NEXT_KEY, path)
-                    sync_folder(os.path.dirname(path))
+        alone = nullcontext() if connection.in_transaction else transaction(connection)
+        # Not there: another has done it, as a server that has looked.
+        with alone, suppress(FileNotFoundError):
+            following = Vault(KeyFile(path + NEXT_KEY).load(), opened.database_id)
+            if following.key_id == wanted == rows.meta(connection, "key"):
+                os.rename(path + NEXT_KEY, path)
+                sync_folder(os.path.dirname(path))
 
     # Parts
 
