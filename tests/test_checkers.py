@@ -27,7 +27,7 @@ from zope.interface import Interface, classImplements, implementer
 from zope.interface.verify import verifyObject
 
 from popdrop.accounts.checkers import AccountsChecker, Chain, Recent
-from popdrop.accounts.database import AccountsDatabase
+from popdrop.accounts.database import AccountsDatabase, Incoming
 from popdrop.accounts.secrets import Hasher
 from popdrop.credentials import FAILED, ApopCredentials, Cleartext, ExternalCredentials
 from popdrop.errors import (
@@ -259,9 +259,23 @@ class ImproveTests(CheckerCase):
         self.accounts = AccountsDatabase(self.path)
         self.addCleanup(self.accounts.close)
         self.checker = self.make(False)
-        before = self.hashes.count
-        self.verified(Cleartext(b"bob", b"hunter2"))
-        self.assertEqual(self.hashes.count - before, 1)
+        self.accounts.add(b"eve", Secret(b"hunter2"))  # without SCRAM, there being no key
+        for name in (b"bob", b"eve"):
+            before = self.hashes.count
+            self.verified(Cleartext(name, b"hunter2"))
+            self.assertEqual(self.hashes.count - before, 1)
+
+    def test_an_imported_hash_is_verified_as_it_is_and_becomes_ours(self) -> None:
+        digest = b"{SHA256.HEX}" + hashlib.sha256(b"hunter2").hexdigest().encode()
+        self.accounts.merge([Incoming(b"bob", password_hash=Secret(digest))])
+        self.refused(Cleartext(b"bob", b"hunter3"), BadCredentials)
+        account = self.verified(Cleartext(b"bob", b"hunter2")).account
+        assert account.password_hash is not None
+        self.assertEqual(account.password_hash.reveal(), digest)
+        account = self.verified(Cleartext(b"bob", b"hunter2")).account
+        assert account.password_hash is not None
+        self.assertTrue(account.password_hash.reveal().startswith(b"$argon2id$"))
+        self.assertFalse(account.lacks_scram)
 
 
 class Scram:

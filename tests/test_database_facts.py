@@ -328,7 +328,7 @@ class FactTests(DatabaseCase):
 
 class RenameTests(DatabaseCase):
     def test_a_new_name_is_a_new_version(self) -> None:
-        """The memory of good logins goes by name and version: nothing of an earlier eve's counts."""
+        """The memory of good logins goes by name and version: an earlier eve's do not count."""
         accounts = self.make()
         versions = set()
         for _ in range(3):
@@ -427,6 +427,22 @@ class RekeyTests(DatabaseCase):
         self.assertTrue(bob.apop_sealed)
         self.assertIsNone(bob.apop_secret)
 
+    def test_a_leftover_of_another_key_is_not_taken_for_the_key(self) -> None:
+        """The old key was restored, and a `rekey` was killed before it had sealed anything."""
+        accounts = self.filled()
+        old = self.key(self.key_path)
+        accounts.rekey()
+        accounts.close()
+        for path, key in ((self.key_path, old), (self.key_path + ".next", b"N" * 32)):
+            with open(path, "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+                file.write(key)
+        self.open().add(b"eve", apop=Secret(b"new"))
+        os.unlink(self.key_path + ".next")
+        eve = self.found(self.open(), b"eve")
+        assert eve.apop_secret is not None
+        self.assertEqual(eve.apop_secret.reveal(), b"new")
+        self.assertEqual(self.key(self.key_path), old)
+
     def test_killed_at_each_call(self) -> None:
         """Whatever was done when it was killed: the secrets open, and `rekey` can be run again."""
         points = ["rename", "sync_folder", "_make_key_file", "put", "transaction"]
@@ -496,6 +512,21 @@ class RekeyTests(DatabaseCase):
         self.assertTrue(running.improve(bob, Secret(b"one")))
         running.change(b"bob", password=Secret(b"one"), apop=Secret(b"secret"))
         self.assertEqual(self.secrets(self.open()), [b"secret", True])
+
+    def test_the_key_gets_its_name_under_the_write_lock(self) -> None:
+        accounts = self.filled()
+        real, renamed = os.rename, []
+
+        def rename(*names: str) -> None:
+            other = sqlite3.connect(self.path, timeout=0, isolation_level=None)
+            self.addCleanup(other.close)
+            self.assertRaises(sqlite3.OperationalError, other.execute, "BEGIN IMMEDIATE")
+            renamed.append(names)
+            real(*names)
+
+        self.patch(module.os, "rename", rename)
+        accounts.rekey()
+        self.assertEqual(renamed, [(self.key_path + ".next", self.key_path)])
 
     def test_another_rekey_in_between_takes_no_key_away(self) -> None:
         """The first gave the name to the new key of the second, which then came to nothing."""

@@ -749,6 +749,11 @@ class CheckerTests(SynchronousTestCase):
             Deferred.fromCoroutine(answers.answer(query)).addBoth(result.append)
             expected = source.scram(name, "SHA-256")
             self.assertEqual(result[0].stored_key.reveal(), expected.stored_key.reveal(), name)
+        again: list[Any] = []
+        query = ScramQuery("ali\u00adce".encode(), "SHA-256")
+        Deferred.fromCoroutine(answers.answer(query)).addBoth(again.append)
+        expected = other.scram(b"alice", "SHA-256")
+        self.assertEqual(again[0].stored_key.reveal(), expected.stored_key.reveal())
         other.trouble = unreadable()
         failed: list[Any] = []
         Deferred.fromCoroutine(answers.answer(ScramQuery(b"bob", "SHA-1"))).addBoth(failed.append)
