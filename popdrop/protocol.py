@@ -132,6 +132,9 @@ class Home(typing.Protocol):
     def leave_later(self, peer: IAddress, seconds: float) -> None:
         """Tell the throttle that a connection is gone, after so many seconds."""
 
+    def turn(self, now: float) -> Deferred[None] | None:
+        """When a login may begin; `None`: at once."""
+
 
 @implementer(IHalfCloseableProtocol, IPushProducer)
 class POP3Protocol(Protocol):
@@ -712,6 +715,9 @@ class POP3Protocol(Protocol):
         ticket = await throttle.attempt(self._address, credentials.username, proof)
         outcome = "bad"
         try:
+            turn = self.factory.turn(received)
+            if turn is not None:
+                await turn
             drop = await self._opened(credentials)
             outcome = "good"
         except PopdropError as refusal:

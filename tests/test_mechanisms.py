@@ -649,6 +649,7 @@ class ShellTests(SynchronousTestCase):
             if number != 7:
                 final = client.final(b64decode(site.answered(transport)[2:]))
                 protocol.dataReceived(b64encode(final) + b"\r\n")
+                site.clock.advance(0)
                 self.assertEqual(site.answered(transport) + b"\r\n", FAILURE)
         self.assertIn(b"+OK bob", site.scram(*logins[7][:2], "bob", "secret"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
+from collections.abc import Callable
 from typing import Any
 
 from twisted.internet.address import IPv4Address
@@ -14,6 +15,7 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import TemporaryFailure
+from popdrop.factory import LOGINS_A_TURN, TURN_SECONDS
 from popdrop.policy import Folding, Policy
 from popdrop.protocol import CLOSE_GRACE, UNREAD_LIMIT, POP3Protocol
 from popdrop.session import BAD_BEFORE_LOGIN
@@ -416,6 +418,60 @@ class LoginTests(SynchronousTestCase):
             )
             self.assertIn(b"-ERR [AUTH] Authentication failed.", transport.value(), name)
             self.assertEqual(server.store.owners, [], name)
+
+
+class CrowdTests(SynchronousTestCase):
+    """Logins that come at once begin some in each turn of the reactor, in order."""
+
+    def crowd(self, server: Server, count: int) -> list[tuple[POP3Protocol, Transport]]:
+        server.checker.answer = Deferred()  # nobody gets in yet
+        connections = [server.connect() for _ in range(count)]
+        for protocol, _ in connections:
+            protocol.dataReceived(b"USER bob\r\nPASS wrong\r\n")
+        return connections
+
+    def test_some_in_each_turn(self) -> None:
+        server = Server()
+        self.crowd(server, LOGINS_A_TURN)
+        self.assertEqual(server.checker.asked, LOGINS_A_TURN)
+        # A Clock runs in one step what a reactor does in as many turns as were asked for.
+        later: list[Callable[[], None]] = []
+        self.patch(server.clock, "callLater", lambda seconds, work: later.append(work))
+        factory = server.factory
+        waiting = [factory.turn(0.0) for _ in range(LOGINS_A_TURN + 3)]
+        begun: list[int] = []
+        for number, each in enumerate(waiting):
+            assert each is not None
+            each.addCallback(lambda _, number=number: begun.append(number))
+        for expected in (0, LOGINS_A_TURN, LOGINS_A_TURN + 3):
+            self.assertEqual(begun, list(range(expected)))
+            for work in later[:]:
+                later.remove(work)
+                work()
+        self.assertEqual(later, [])
+
+    def test_those_who_are_logged_in_do_not_wait(self) -> None:
+        server = Server()
+        inside, transport = server.logged_in()
+        self.crowd(server, LOGINS_A_TURN + 1)
+        inside.dataReceived(b"NOOP\r\n")
+        self.assertEqual(transport.value(), b"+OK\r\n")
+
+    def test_who_has_gone_meanwhile_is_passed_over(self) -> None:
+        server = Server()
+        connections = self.crowd(server, LOGINS_A_TURN + 5)
+        for protocol, _ in connections[LOGINS_A_TURN:-1]:
+            protocol.connectionLost(Failure(ConnectionDone()))
+        server.clock.advance(0)
+        self.assertEqual(server.checker.asked, LOGINS_A_TURN + 1)
+
+    def test_one_after_another_nobody_waits(self) -> None:
+        server = Server()
+        for _ in range(3 * LOGINS_A_TURN):
+            protocol, transport = server.connect()
+            protocol.dataReceived(b"USER bob\r\nPASS secret\r\nQUIT\r\n")
+            self.assertIn(b"signing off", transport.value())
+            server.clock.advance(2 * TURN_SECONDS / LOGINS_A_TURN)
 
 
 class LimitTests(SynchronousTestCase):
