@@ -83,6 +83,8 @@ class Exchange(Protocol):
 
     error_challenge: bytes | None
     """What the client is told by a last challenge when its credentials are refused."""
+    success_challenge: bytes | None
+    """The same when they were good: the client answers with an empty response."""
 
     def step(self, response: bytes | None) -> Step:
         """Take a decoded response, `None` if there is none yet.
@@ -97,6 +99,7 @@ class Exchange(Protocol):
 
 class _Exchange:
     error_challenge: bytes | None = None
+    success_challenge: bytes | None = None
 
     def __init__(self, mechanism: str, around: Surroundings) -> None:
         self._mechanism = mechanism
@@ -244,10 +247,10 @@ def _name(saslname: bytes) -> bytes:
 class Scram(_Exchange):
     """SCRAM-SHA-1 and SCRAM-SHA-256 (RFC 5802, RFC 7677), with channel binding and without.
 
-    Client-first, a question to the accounts, server-first, client-final. A wrong proof is handed on
-    at once, to be refused like any other wrong credentials. After a right one the server shows its
-    own proof, and the client's empty response ends the exchange; the credentials are verified again
-    then, against the account as it is then.
+    Client-first, a question to the accounts, server-first, client-final, and the credentials: they
+    are verified against the account as it is then. The server shows its own proof only when they
+    have let the client in: one who is told that the password of a disabled account is right would
+    have learnt something.
     """
 
     def __init__(self, mechanism: str, around: Surroundings) -> None:
@@ -326,16 +329,9 @@ class Scram(_Exchange):
         credentials = ScramCredentials(
             self._user, self._mechanism, self._algorithm, message, _octets(shown)
         )
-        if not credentials.check(self._verifier):
-            return credentials
-        self._credentials = credentials
-        self._next = self._acknowledged
-        return b"v=" + b64encode(credentials.answer(self._verifier))
-
-    def _acknowledged(self, response: bytes | None) -> Step:
-        if response:
-            raise _malformed("exchange: more than an empty response")
-        return self._credentials
+        self.success_challenge = b"v=" + b64encode(credentials.answer(self._verifier))
+        self._next = self._unexpected
+        return credentials
 
 
 def _attribute(text: bytes) -> tuple[bytes, bytes]:
@@ -354,6 +350,20 @@ def _octets(base64: bytes) -> bytes:
         return decoded(base64)
     except BadCredentials:
         raise _malformed("base64 in a message") from None
+
+
+class Accepted(_Exchange):
+    """What is left of an exchange whose client is logged in and was told so by a challenge.
+
+    `welcome` is the reply that follows the client's empty response.
+    """
+
+    def __init__(self, welcome: bytes) -> None:
+        self.welcome = welcome
+
+    def step(self, response: bytes | None) -> Step:
+        """Nothing is left to do."""
+        return b""
 
 
 class Refused(_Exchange):

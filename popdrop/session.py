@@ -25,6 +25,7 @@ from popdrop.policy import Policy
 from popdrop.sasl import (
     CHANNEL_BINDING,
     MECHANISMS,
+    Accepted,
     ApopQuery,
     Exchange,
     Query,
@@ -189,6 +190,7 @@ class Session:
         self._asking: Callable[[object], Result] | None = None
         self._questions = 0
         self._error_challenge: bytes | None = None
+        self._success_challenge: bytes | None = None
         self._named = False
         self._waiting: Callable[[], Result] | None = None
         self._listing = _EMPTY
@@ -258,7 +260,9 @@ class Session:
 
     def overlong(self, kind: Overlong) -> Result:
         """A line over `line_limit` came and was thrown away."""
-        self._exchange = None
+        exchange, self._exchange = self._exchange, None
+        if isinstance(exchange, Accepted):
+            return Hangup(b"-ERR authentication cancelled\r\n", "sasl-cancelled")
         if kind is Overlong.ENDLESS:
             return Hangup(b"-ERR line too long\r\n", "endless-line")
         return self._malformed("line too long")
@@ -272,7 +276,16 @@ class Session:
         self._listing = listing
         self._count()
         name = self._speakable(b"maildrop")
-        return b"+OK %s has %d message(s) (%d octets).\r\n" % (name, len(listing), listing.octets)
+        welcome = b"+OK %s has %d message(s) (%d octets).\r\n" % (
+            name,
+            len(listing),
+            listing.octets,
+        )
+        challenge, self._success_challenge = self._success_challenge, None
+        if challenge is None:
+            return welcome
+        self._exchange = Accepted(welcome)
+        return encoded(challenge)
 
     def told(self, answer: object) -> Result:
         """The answer to `Ask`: what waited for it goes on."""
@@ -289,6 +302,7 @@ class Session:
         """
         self._asking = None
         challenge, self._error_challenge = self._error_challenge, None
+        self._success_challenge = None
         reply = error.line() + b"\r\n"
         if isinstance(error, BadCredentials):
             if challenge is not None:
@@ -483,6 +497,11 @@ class Session:
             raise RuntimeError("no exchange is in progress")
         if isinstance(exchange, Refused):
             return self.refused(exchange.error)
+        if isinstance(exchange, Accepted):
+            # It is logged in already: one that does not believe us gets no session of it.
+            if line:
+                return Hangup(b"-ERR authentication cancelled\r\n", "sasl-cancelled")
+            return exchange.welcome
         if line == b"*":
             return b"-ERR authentication cancelled\r\n"
         try:
@@ -517,6 +536,7 @@ class Session:
             self._asking = partial(self._resume, exchange)
             return self._ask(ScramQuery(self._canonical(step.username), step.algorithm))
         self._error_challenge = exchange.error_challenge
+        self._success_challenge = exchange.success_challenge
         return self._log_in(step)
 
     def _do_stls(self) -> Result:

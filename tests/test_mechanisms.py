@@ -34,6 +34,7 @@ from popdrop.errors import (
     TemporaryFailure,
 )
 from popdrop.interfaces import IAnswers, IBearerToken, IExternal, IScramCredentials
+from popdrop.listing import Listing
 from popdrop.policy import CLEARTEXT, Policy, mechanism_is_open
 from popdrop.protocol import ASKED_SECONDS, POP3Protocol
 from popdrop.realm import Realm
@@ -50,6 +51,7 @@ from popdrop.session import (
     StartTLS,
 )
 from popdrop.values import Account, PeerFacts, ScramVerifier, Secret, Verified
+from popdrop.wire import Overlong
 from tests.doubles import NoPool, Server, Transport
 from tests.scram import Client, ScramAccounts, unreadable, verifier
 
@@ -198,9 +200,41 @@ class SessionTests(SynchronousTestCase):
             self.assertEqual(ask.query, ScramQuery(b"bob", "SHA-256"))
             self.assertEqual(session.user, b"bob")
             final = client.final(challenge_of(session.told(kept(ask.query))))
-            client.finish(challenge_of(session.line(b64encode(final))))
-            login = session.line(b"")
+            login = session.line(b64encode(final))
             assert isinstance(login, Login) and isinstance(login.credentials, ScramCredentials)
+            client.finish(challenge_of(session.opened(Listing([5]))))
+            self.assertEqual(session.line(b""), b"+OK bob has 1 message(s) (5 octets).\r\n")
+            self.assertEqual(session.line(b"STAT"), b"+OK 1 5\r\n")
+
+    def test_scram_refused(self) -> None:
+        """The server shows nothing of what it knows, whatever the reason (behaviour 2)."""
+        session = fresh()
+        client, query = self.begun(session)
+        final = client.final(challenge_of(session.told(kept(query))))
+        self.assertIsInstance(session.line(b64encode(final)), Login)
+        answer = session.refused(BadCredentials("Authentication failed.", "disabled"))
+        self.assertEqual(answer, FAILURE)
+        self.assertEqual(session.line(b""), fresh().line(b""))
+        # What is left of it does not come with the next login.
+        session.line(b"USER bob")
+        self.assertIsInstance(session.line(b"PASS secret"), Login)
+        self.assertTrue(text(session.opened(Listing([5]))).startswith(b"+OK bob"))
+
+    def test_scram_with_a_server_that_is_not_believed(self) -> None:
+        for line in (b"*", b"YWJj", b"QUIT", b"!", b"="):
+            session = fresh()
+            client, query = self.begun(session)
+            final = client.final(challenge_of(session.told(kept(query))))
+            session.line(b64encode(final))
+            session.opened(Listing([5]))
+            answer = session.line(line)
+            assert isinstance(answer, Hangup)
+            self.assertEqual(answer.reason, "sasl-cancelled")
+        session = fresh()
+        client, query = self.begun(session)
+        session.line(b64encode(client.final(challenge_of(session.told(kept(query))))))
+        session.opened(Listing([5]))
+        self.assertIsInstance(session.overlong(Overlong.LINE), Hangup)
 
     def begun(self, session: Session, password: str = "secret") -> tuple[Client, ScramQuery]:
         client = Client("SCRAM-SHA-1", "bob", password)
@@ -323,8 +357,6 @@ def advance(session: Session, mechanism: bytes, steps: int) -> bool:
             answer = session.line(b64encode(client.first()))
             assert isinstance(answer, Ask)
             answer = session.told(kept(answer.query))
-        elif client is not None and step == 1:
-            answer = session.line(b64encode(client.final(challenge_of(answer))))
         elif mechanism == b"LOGIN" and step == 0:
             answer = session.line(b64encode(b"bob"))
         else:
@@ -467,10 +499,8 @@ class ShellTests(SynchronousTestCase):
         client = Client("SCRAM-SHA-256", "bob", "secret")
         protocol.dataReceived(b"AUTH SCRAM-SHA-256 " + b64encode(client.first()) + b"\r\n")
         final = client.final(b64decode(site.answered(transport)[2:]))
-        protocol.dataReceived(b64encode(final) + b"\r\n")
-        client.finish(b64decode(site.answered(transport)[2:]))
         site.accounts.passwords[b"bob"] = b"changed"
-        protocol.dataReceived(b"\r\n")
+        protocol.dataReceived(b64encode(final) + b"\r\n")
         self.assertTrue(transport.value().endswith(FAILURE))
 
     def test_accounts_that_cannot_be_read(self) -> None:

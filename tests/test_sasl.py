@@ -245,9 +245,8 @@ class ScramTests(Case):
         first = self.octets(run.told(kept))
         self.assertIn(b",i=4096", first)
         step = run.step(client.final(first))
-        if isinstance(step, bytes):
-            client.finish(step)
-            step = run.step(b"")
+        assert run.success_challenge is not None
+        client.finish(run.success_challenge)
         return step
 
     def test_example_of_rfc_5802(self) -> None:
@@ -262,7 +261,8 @@ class ScramTests(Case):
         final = run.step(
             b"c=biws,r=fyko+d2lbbFgONRv9qkxdawL3rfcNHYJY1ZVvWVs7j,p=v0X8v3Bz2T0CJGbJQyF0X+HI4Ts="
         )
-        self.assertEqual(final, b"v=rmF9pqV8S7suAoZWja4dJRkFsKQ=")
+        self.assertIsInstance(final, ScramCredentials)
+        self.assertEqual(run.success_challenge, b"v=rmF9pqV8S7suAoZWja4dJRkFsKQ=")
 
     def test_example_of_rfc_7677(self) -> None:
         """Section 3."""
@@ -273,7 +273,8 @@ class ScramTests(Case):
             b"c=biws,r=rOprNGfwEbeRWgbNEkqO%hvYDpWUa2RaTCAfuxFIlj)hNlF$k0,"
             b"p=dHzbZapWIk4jUhN+Ute9ytag9zjfMHgsqmmiz7AndVQ="
         )
-        self.assertEqual(final, b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=")
+        self.assertIsInstance(final, ScramCredentials)
+        self.assertEqual(run.success_challenge, b"v=6rriTRBi23WpRR/wtup+mMhUZUn/dB5nLTJRsjl95G4=")
 
     def test_scramp_and_all_mechanisms(self) -> None:
         ways = [(name, None) for name in UNBOUND]
@@ -286,8 +287,7 @@ class ScramTests(Case):
             self.assertIsNone(shown.proof(b"key"))
             verifyObject(IScramCredentials, shown)
 
-    def test_a_wrong_password_goes_to_the_checker_at_once(self) -> None:
-        """No server-final: all failures look and count the same."""
+    def test_a_wrong_password_goes_to_the_checker(self) -> None:
         for mechanism in UNBOUND:
             run = exchange(mechanism)
             client = Client(mechanism, "bob", "wrong")
@@ -309,8 +309,8 @@ class ScramTests(Case):
         run.step(client.first())
         kept = verifier(b"secret", "SHA-256")
         half = ScramVerifier(kept.salt, kept.iterations, kept.stored_key, Secret(b"?" * 32))
-        final = self.octets(run.step(client.final(self.octets(run.told(half)))))
-        self.assertRaises(ScramException, client.finish, final)
+        run.step(client.final(self.octets(run.told(half))))
+        self.assertRaises(ScramException, client.finish, run.success_challenge)
 
     def test_names_are_unescaped(self) -> None:
         shown = self.run_with("SCRAM-SHA-1", user="a=b,c")
