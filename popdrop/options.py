@@ -136,7 +136,8 @@ class Options(AuthOptionMixin, usage.Options):
             "wording",
             None,
             "vague",
-            "How these are refused: vague, at PASS as a wrong password; strict, at USER.",
+            "How accounts with an APOP secret are refused passwords: vague, as a wrong one;"
+            " strict, at USER with the reason.",
             _word("wording", WORDINGS),
         ],
         ["user-names", None, "", "What is done to names: lower, trim-domain, default-domain=D."],
