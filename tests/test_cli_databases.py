@@ -11,6 +11,7 @@ from collections.abc import Iterator
 import click
 from click.testing import CliRunner, Result
 
+from popdrop.accounts import sqlitefile
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.cli.main import popdrop
 from popdrop.values import Secret
@@ -156,6 +157,7 @@ class DatabaseTests(CommandCase):
 
     def test_locked(self) -> None:
         """By another program that writes, in the way in which even readers must wait."""
+        self.patch(sqlitefile, "PATIENCE", 0.02)
         connection = sqlite3.connect(self.db, isolation_level=None)
         self.addCleanup(connection.close)
         connection.execute("PRAGMA journal_mode = DELETE")
@@ -168,6 +170,7 @@ class DatabaseTests(CommandCase):
 
     def test_locked_for_writers(self) -> None:
         """Where another program only writes, readers need not wait."""
+        self.patch(sqlitefile, "PATIENCE", 0.02)
         connection = sqlite3.connect(self.db, isolation_level=None)
         self.addCleanup(connection.close)
         connection.execute("BEGIN IMMEDIATE")

@@ -425,11 +425,11 @@ class TwoProcessesTests(Case):
 
 class KilledTests(Case):
     def test_killed_at_any_moment(self) -> None:
-        """The table stays usable and forgets the dead: 50 processes, killed while they count."""
+        """The table stays usable and forgets the dead: 20 processes, killed while they count."""
         shared = self.open()
         chance = random.Random(1)
         steady = self.child("hammer")
-        for _ in range(25):
+        for _ in range(10):
             pair = [self.child("hammer"), self.child("hammer")]
             for _ in range(chance.randrange(400)):
                 shared.attempt(v6(), b"somebody", None).close("void")
