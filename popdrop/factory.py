@@ -14,6 +14,8 @@ from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import deferLater
 
 from popdrop.interfaces import IAnswers, ISessionLog, IThrottle
+from popdrop.listeners import peer_facts
+from popdrop.ops.gate import Gate
 from popdrop.policy import Policy, Timing
 from popdrop.protocol import POP3Protocol
 
@@ -34,7 +36,7 @@ class POP3Factory(ServerFactory):
     process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
     yields to a new one of its account. `holders` are the logged-in sessions by account, over all
     listeners of a service. `answers` are the accounts, for mechanisms that ask before the login;
-    `None` where no such mechanism is offered.
+    `None` where no such mechanism is offered. `gate` are the access rules.
     """
 
     protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
@@ -57,6 +59,7 @@ class POP3Factory(ServerFactory):
         takeover: float = 0.0,
         holders: dict[bytes, POP3Protocol] | None = None,
         answers: IAnswers | None = None,
+        gate: Gate | None = None,
     ) -> None:
         self.portal = portal
         self.answers = answers
@@ -82,6 +85,28 @@ class POP3Factory(ServerFactory):
         """Whether the listening socket hands TCP_NODELAY and keepalive on to its connections."""
         self._local: IAddress | None = None
         self._random = b""
+        self._gate = gate
+
+    def buildProtocol(  # type: ignore[override]
+        self, addr: IAddress | None
+    ) -> POP3Protocol | None:
+        """`None` for a client that the access rules refuse: Twisted closes its connection.
+
+        Where a proxy knows the address, the protocol asks when its header has come.
+        """
+        entry: bool | Deferred[bool] = True
+        if self._gate is not None and self.trusted_address:
+            entry = self.admits(peer_facts(cast("IAddress", addr)).address)
+        if entry is False:
+            return None
+        protocol = cast("POP3Protocol", super().buildProtocol(cast("IAddress", addr)))
+        if isinstance(entry, Deferred):
+            protocol.entry = entry
+        return protocol
+
+    def admits(self, address: str | None) -> bool | Deferred[bool]:
+        """Whether the access rules let this client in; a refusal is logged."""
+        return True if self._gate is None else self._gate.admits(address)
 
     def local(self, transport: Any) -> IAddress:
         """Our own address, of which the port counts: the same for all connections."""

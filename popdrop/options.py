@@ -111,6 +111,7 @@ class Options(AuthOptionMixin, usage.Options):
         ["demo", None, "Serve a throw-away maildrop and print two commands that read it."],
         ["require-shell", None, "System accounts need a shell of /etc/shells."],
         ["allow-short-idle", None, "Allow an --idle-timeout below the 600 s of RFC 1939."],
+        ["tcp-wrappers", None, "Ask hosts.allow and hosts.deny who may connect."],
         ["apop-only", None, "No login but by APOP: neither USER/PASS nor AUTH."],
     ]
     optParameters: list[list[Any]] = [
@@ -183,11 +184,13 @@ class Options(AuthOptionMixin, usage.Options):
             _seconds("takeover"),
         ],
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
+        ["hosts-allow", None, None, "Its file for --tcp-wrappers. [/etc/hosts.allow]"],
+        ["hosts-deny", None, None, "Its file for --tcp-wrappers. [/etc/hosts.deny]"],
         ["popauth-socket", None, None, "Unix socket where users set their own APOP secret."],
         ["hostname", None, None, "This server's name. [the machine's]"],
     ]
     supportedInterfaces = (IUsernamePassword, IUsernameHashedPassword)
-    _several = ("listen", "auth", "session-log", "local-net")
+    _several = ("listen", "auth", "session-log", "local-net", "allow-net", "deny-net")
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -230,6 +233,14 @@ class Options(AuthOptionMixin, usage.Options):
         """A network that counts as local beside loopback, for --cleartext. Repeatable."""
         self["local-net"].append(text)
 
+    def opt_allow_net(self, text: str) -> None:
+        """A network whose clients may connect; all others may not. Repeatable."""
+        self["allow-net"].append(text)
+
+    def opt_deny_net(self, text: str) -> None:
+        """A network whose clients may not connect, whatever --allow-net says. Repeatable."""
+        self["deny-net"].append(text)
+
     def opt_version(self) -> None:
         """Print Popdrop's version."""
         sys.stdout.write(f"Popdrop {popdrop.__version__}\n")
@@ -255,5 +266,8 @@ class Options(AuthOptionMixin, usage.Options):
                 f"--idle-timeout {self['idle-timeout']:g}: RFC 1939 wants {SHORTEST_IDLE} s at"
                 " least; add --allow-short-idle to have it all the same"
             )
+        for name in ("hosts-allow", "hosts-deny"):
+            if self[name] is not None and not self["tcp-wrappers"]:
+                raise usage.UsageError(f"--{name} is given without --tcp-wrappers; add it")
         if self["hostname"] is not None and not _HOSTNAME(self["hostname"]):
             raise usage.UsageError(f"--hostname {self['hostname']}: not a host name")

@@ -135,12 +135,17 @@ class Home(typing.Protocol):
     def turn(self, now: float) -> Deferred[None] | None:
         """When a login may begin; `None`: at once."""
 
+    def admits(self, address: str | None) -> bool | Deferred[bool]:
+        """Whether the access rules let this client in; a refusal is logged."""
+
 
 @implementer(IHalfCloseableProtocol, IPushProducer)
 class POP3Protocol(Protocol):
     """One connection."""
 
     factory: Home
+    entry: Deferred[bool] | None = None
+    """Whether the client may connect, where a name must be asked for first."""
     transport: Any  # TCP, TLS over it, a Unix socket, standard input
 
     def __init__(self) -> None:
@@ -196,7 +201,28 @@ class POP3Protocol(Protocol):
                 pass  # a Unix socket or standard input
         self._registered = True
         self.transport.registerProducer(self, True)
-        self.transport.write(self._session.greeting())
+        if self.entry is None:
+            self.transport.write(self._session.greeting())
+            return
+        if factory.implicit_tls:
+            self.transport.pauseProducing()  # no handshake either until it may enter
+        self._begin([], self._enter(self.entry, greet=True))
+
+    async def _enter(self, entry: Deferred[bool], greet: bool) -> None:
+        if not await entry:
+            self._refuse()
+        elif greet and not self._closing:
+            if self.factory.implicit_tls:
+                self.transport.resumeProducing()
+            self.transport.write(self._session.greeting())
+
+    def _refuse(self) -> None:
+        """Close without a word: the access rules do not want this client."""
+        if self.factory.implicit_tls:
+            self._reason, self._closing = "refused", True
+            self._abort()
+        else:
+            self._hang_up(b"", "refused")
 
     def _turn_away(self) -> None:
         log.info("too many connections: {peer} turned away", peer=self._host())
@@ -217,7 +243,7 @@ class POP3Protocol(Protocol):
     def _meet(self) -> bool:
         """Learn of the peer; at the first octets, since a PROXY header comes before them.
 
-        False: it turned out to have too many connections.
+        False: it turned out to be unwanted, or to have too many connections.
         """
         self._met = True
         transport = self.transport
@@ -227,12 +253,18 @@ class POP3Protocol(Protocol):
             facts = tls_facts(transport, facts)
         self._facts = facts
         self._session.met(self._facts)
+        entry = True if self.factory.trusted_address else self.factory.admits(facts.address)
+        if entry is False:
+            self._refuse()
+            return False
         if self._address is NOBODY and facts.address is not None:
             self.factory.throttle.leave(self._address)
             self._address = peer
             if not self._admit():
                 self._turn_away()
                 return False
+        if isinstance(entry, Deferred):
+            self._begin([], self._enter(entry, greet=False))
         return True
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:

@@ -59,6 +59,7 @@ from popdrop.interfaces import (
     IStoreFactory,
 )
 from popdrop.inthreads import InThreads
+from popdrop.ops.gate import HOSTS_ALLOW, HOSTS_DENY, Gate
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
 from popdrop.policy import LOOPBACK, Policy, Timing, folding, network
@@ -248,6 +249,7 @@ class Popdrop(Service):
         portal = self._portal(checkers, kinds, policy)
         answers = self._answers()
         timing = Timing(options["login-timeout"], options["idle-timeout"])
+        self._gate = self._access()
         holders: dict[bytes, POP3Protocol] = {}
         for listener in self._parsed_listeners():
             self._listeners.append(listener)
@@ -268,9 +270,24 @@ class Popdrop(Service):
                     takeover=options["takeover"],
                     holders=holders,
                     answers=answers,
+                    gate=self._gate,
                 )
             )
         self._refuse_root()
+
+    def _access(self) -> Gate | None:
+        options = self._options
+        allowed, denied = (
+            tuple(network(f"--{name}", text) for text in options[name])
+            for name in ("allow-net", "deny-net")
+        )
+        files = None
+        if options["tcp-wrappers"]:
+            paths = options["hosts-allow"] or HOSTS_ALLOW, options["hosts-deny"] or HOSTS_DENY
+            files = os.path.abspath(paths[0]), os.path.abspath(paths[1])
+        if not (allowed or denied or files):
+            return None
+        return Gate(self._reactor, allowed, denied, files)
 
     def _portal(self, checkers: list[Any], kinds: set[Any], policy: Policy) -> Portal:
         options = self._options
@@ -700,7 +717,10 @@ class Popdrop(Service):
         self._look_at_files()
 
     def _look_at_files(self) -> None:
-        for work in (self._keyring.refresh, self._rosters.refresh):
+        refreshed: list[Callable[[], None]] = [self._keyring.refresh, self._rosters.refresh]
+        if self._gate is not None:
+            refreshed.append(self._gate.refresh)
+        for work in refreshed:
             self._lookup_pool.run(work).addErrback(
                 lambda failure: log.failure("looking at files failed", failure=failure)
             )

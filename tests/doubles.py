@@ -18,6 +18,7 @@ from popdrop.errors import BadCredentials, InUse, NoSuchUser, PopdropError
 from popdrop.factory import POP3Factory
 from popdrop.interfaces import IBlocks, IMaildrop, ISessionLog, IStore
 from popdrop.listing import Listing
+from popdrop.ops.gate import Gate
 from popdrop.policy import Policy, Timing
 from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
@@ -215,8 +216,10 @@ class Server:
         policy: Policy | None = None,
         throttle: str = "off",
         timing: Timing | None = None,
+        gate: Gate | None = None,
+        clock: Clock | None = None,
     ) -> None:
-        self.clock = Clock()
+        self.clock = clock or Clock()
         self.store = Store(
             messages if messages is not None else [b"A: 1\n\nbody\n", b"B: 2\n\n.\n"]
         )
@@ -232,6 +235,7 @@ class Server:
             self.records,
             self.clock,  # type: ignore[arg-type]
             timing=timing,
+            gate=gate,
         )
 
     def connect(self, peer: str = "127.0.0.1") -> tuple[POP3Protocol, Transport]:

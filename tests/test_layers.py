@@ -37,7 +37,8 @@ _TABLE = """
 3   sasl policy selfmade config accounts.database
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
 3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks
-3  accounts.tokens
+3  accounts.tokens ops.access
+5  ops.names
 2  credentials wire spec accounts.sqlitefile accounts.keys sharedcounts
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
