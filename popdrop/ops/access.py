@@ -201,6 +201,8 @@ _NAMELIKE = re.compile(r".*[a-z_-].*|[*?.]*").fullmatch
 """A pattern of digits, dots and wildcards alone is one of addresses."""
 _PREFIX = re.compile(r"(?:[0-9]{1,3}\.){1,3}").fullmatch
 _HOST = re.compile(r"[a-z0-9._*?-]*[a-z_*?-][a-z0-9._*?-]*").fullmatch
+_HEXADECIMAL = re.compile(r"[0-9a-f]{0,4}").fullmatch
+_WILD = re.compile(r"[0-9.*?]*[*?][0-9.*?]*").fullmatch
 _NUMBER = re.compile(r"[0-9]{1,3}").fullmatch
 _SEPARATORS = re.compile(r"[, \t\r\n]+")
 
@@ -328,7 +330,7 @@ def _checked(where: str, token: str) -> str:
             f"{where}: {token}: netgroups, files of patterns and users are not known here; write"
             " addresses, networks, host names or .domains"
         )
-    if _PREFIX(pattern) or (not _NAMELIKE(pattern) and _wild(pattern)):
+    if _PREFIX(pattern) or (not _NAMELIKE(pattern) and _WILD(pattern)):
         return pattern
     if _HOST(pattern):
         return pattern
@@ -339,10 +341,6 @@ def _checked(where: str, token: str) -> str:
             f"{where}: {token}: no address, network, host name or .domain; write 192.0.2.7,"
             " 192.0.2., 192.0.2.0/24, [2001:db8::]/32, host.example.org or .example.org"
         ) from None
-
-
-def _wild(pattern: str) -> bool:
-    return re.fullmatch(r"[0-9.*?]*[*?][0-9.*?]*", pattern) is not None
 
 
 def _host_address(where: str, token: str, base: str) -> str:
@@ -386,7 +384,7 @@ def _outcome(options: list[str], default: bool) -> tuple[bool, str]:
         if name in _NEVER:
             return False, f"{name} is not done here"
         if name not in _OPTIONS:
-            hint = "; an IPv6 address is written in brackets" if _is_hexadecimal(name) else ""
+            hint = "; an IPv6 address is written in brackets" if _HEXADECIMAL(name) else ""
             return False, f"{name or '(nothing)'} is no option{hint}"
         if value and _OPTIONS[name] == _NO_VALUE:
             return False, f"{name} takes no value"
@@ -397,7 +395,3 @@ def _outcome(options: list[str], default: bool) -> tuple[bool, str]:
                 return False, f"{name} must come last"
             outcome = name == "allow"
     return outcome, ""
-
-
-def _is_hexadecimal(word: str) -> bool:
-    return re.fullmatch(r"[0-9a-f]{0,4}", word) is not None

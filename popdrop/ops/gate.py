@@ -98,12 +98,14 @@ class Gate:
         if stamps == self._stamps:
             return
         # Told once, not each minute, if it is wrong.
-        self._stamps = stamps
+        again, self._stamps = bool(self._stamps), stamps
         paths = self._files
         rules = read((paths[0], allow[1]), (paths[1], deny[1]))
         for why in rules.warnings:
             log.warn("{why}", why=why)
         self._rules, self._names.hosts = rules, hosts_names(hosts[1])
+        if again:
+            log.info("access rules read anew: {count} are for us", count=len(rules.rules))
 
 
 def _told(verdict: Verdict, address: str | None) -> bool:
