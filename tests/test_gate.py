@@ -2,22 +2,29 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
 from ipaddress import ip_network
 from pathlib import Path
 from typing import Any
 
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, fail, succeed
-from twisted.internet.task import Clock
-from twisted.names import client, common, dns, server
+from twisted.internet.task import Clock, deferLater
+from twisted.internet.threads import deferToThread
+from twisted.names import client, common, dns
 from twisted.names.error import DNSNameError, DNSServerError
+from twisted.names.server import DNSServerFactory
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
+from popdrop import certs, listeners
+from popdrop import factory as factory_module
 from popdrop.errors import ConfigError
 from popdrop.ops import names as names_module
 from popdrop.ops.access import Unnamed
 from popdrop.ops.gate import Gate
 from popdrop.ops.names import AT_ONCE, KEPT_SECONDS, LIMIT, Names, hosts_names
+from popdrop.values import PeerFacts
 from tests.doubles import Server
 
 POINTERS = {
@@ -32,6 +39,8 @@ ADDRESSES = {
     "liar.example.org": ["198.51.100.1"],
     "six.example.org": ["2001:db8::7"],
 }
+
+POINTERS_BACK = {"mail.example.org": "192.0.2.7", "liar.example.org": "192.0.2.8"}
 
 
 def answer(records: list[Any]) -> Any:
@@ -167,7 +176,7 @@ class RealDNSTests(TestCase):
     async def ask(self) -> None:
         from twisted.internet import reactor
 
-        factory: Any = server.DNSServerFactory(clients=[self.authority()])  # type: ignore[no-untyped-call]
+        factory: Any = DNSServerFactory(clients=[self.authority()])  # type: ignore[no-untyped-call]
         protocol: Any = dns.DNSDatagramProtocol(factory)  # type: ignore[no-untyped-call]
         port = reactor.listenUDP(0, protocol, "127.0.0.1")  # type: ignore[attr-defined]
         resolver: Any = client.Resolver(servers=[("127.0.0.1", port.getHost().port)])  # type: ignore[no-untyped-call]
@@ -379,3 +388,51 @@ class ConnectionTests(GateCase):
             self.assertTrue(transport.value().endswith(word))
             self.assertEqual(transport.value() != b"", admitted)
             protocol.connectionLost()
+
+
+class TLSTests(GateCase, TestCase):
+    """A real TLS client whose name comes late."""
+
+    def hear(self, port: int) -> bytes:
+        context = ssl.create_default_context()
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        with socket.create_connection(("127.0.0.1", port), timeout=120) as raw:
+            try:
+                with context.wrap_socket(raw) as connection:
+                    return connection.recv(3)
+            except (ssl.SSLError, OSError) as error:
+                return type(error).__name__.encode()
+
+    async def late(self, pointer: str) -> bytes:
+        from twisted.internet import reactor
+
+        self.resolver.holds = True
+        self.hosts.write_text("")
+        server = Server(gate=self.gate("popdrop: .example.org\n", "ALL: ALL\n"), clock=self.clock)
+        server.factory.implicit_tls = True
+        pem = certs.self_made(str(self.folder), "localhost")
+        listener = listeners.from_spec(
+            reactor, f"tls:{pem}:0:interface=127.0.0.1", certs.Keyring(None)
+        )
+        port: Any = await listeners.listen(listener, server.factory)
+        address = POINTERS_BACK[pointer]
+        self.patch(factory_module, "peer_facts", lambda addr: PeerFacts(address))
+        heard = deferToThread(self.hear, port.getHost().port)
+        while not self.resolver.held:
+            await deferLater(reactor, 0.01)  # type: ignore[arg-type]
+        # The client has long begun its handshake; none of it has been read.
+        self.assertFalse(heard.called)
+        self.resolver.held[0].callback(answer([dns.Record_PTR(pointer)]))
+        said = await heard
+        await port.stopListening()
+        while server.factory.protocols:
+            await deferLater(reactor, 0.01)  # type: ignore[arg-type]
+        return said
+
+    async def both(self) -> None:
+        self.assertEqual(await self.late("mail.example.org"), b"+OK")
+        self.resolver.held.clear()
+        self.assertNotEqual((await self.late("liar.example.org"))[:3], b"+OK")
+
+    def test_late_names(self) -> Deferred[None]:
+        return Deferred.fromCoroutine(self.both())
