@@ -85,6 +85,11 @@ class Listener:
         """Whether every connection begins with a TLS handshake (RFC 8314 section 3.2)."""
         return self.certificates is not None
 
+    @property
+    def can_stls(self) -> bool:
+        """Whether TLS can begin within a session (RFC 2595 section 4)."""
+        return not (self.implicit_tls or self.scheme == "stdio")
+
 
 def from_spec(reactor: object, text: str, keyring: Keyring) -> Listener:
     """What `--listen text` describes; `keyring` is shared by all options that name certificates.

@@ -196,10 +196,22 @@ class Options(AuthOptionMixin, usage.Options):
         super().__init__()  # type: ignore[no-untyped-call]
         for name in self._several:
             self[name] = []
+        self["listen-policy"] = {}
 
     def opt_listen(self, text: str) -> None:
         """Listen here, a strports string: tcp:110, tls:PEM:995, tcp6:110, ... Repeatable."""
         self["listen"].append(text)
+
+    def opt_listen_policy(self, text: str) -> None:
+        """Rules of the --listen before it alone: stls=WORD, cleartext=WORD, apop-only, with commas
+        between. Repeatable."""
+        if not self["listen"]:
+            raise usage.UsageError(
+                f"--listen-policy {text}: stands behind the --listen whose rules it changes"
+            )
+        policies = self["listen-policy"]
+        number = len(self["listen"]) - 1
+        policies[number] = f"{policies[number]},{text}" if number in policies else text
 
     def opt_auth(self, text: str) -> None:
         """Verify logins so, as accounts:FILE; --help-auth lists the kinds. Repeatable, in order."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from ipaddress import ip_address, ip_network
 from typing import Final
 
@@ -107,6 +107,28 @@ class Policy:
 
 
 @dataclass(frozen=True, slots=True)
+class Variation:
+    """What one listener has of its own (`--listen-policy`); `None`: what holds for all.
+
+    `apop_only` adds to a rule and lifts none: what `--apop-only` forbids stays forbidden.
+    """
+
+    stls: str | None = None
+    cleartext: str | None = None
+    apop_only: bool = False
+
+    def __call__(self, policy: Policy) -> Policy:
+        """The listener's rules. STLS is as said only where there is a certificate for it."""
+        if self.stls is not None:
+            policy = replace(policy, stls=self.stls)
+        if self.apop_only:
+            return replace(policy, cleartext="never", mechanisms=())
+        if self.cleartext is not None:
+            policy = replace(policy, cleartext=self.cleartext)
+        return policy
+
+
+@dataclass(frozen=True, slots=True)
 class Mind:
     """What the protocol tells the realm beside the name (cred's `mind`).
 
@@ -176,6 +198,25 @@ def folding(option: str, text: str) -> Folding:
     if known["trim-domain"] and domain:
         raise ConfigError(f"{option} {text}: trim-domain and default-domain exclude each other")
     return Folding(known["lower"], known["trim-domain"], domain)
+
+
+def variation(option: str, text: str) -> Variation:
+    """What words like `stls=require,cleartext=never` ask for. Raises `ConfigError`."""
+    choices = {"stls": STLS, "cleartext": CLEARTEXT}
+    found: dict[str, str] = {}
+    for word in (word.strip() for word in text.split(",")):
+        key, equals, value = word.partition("=")
+        if key in choices and equals and value not in choices[key]:
+            raise ConfigError(f"{option} {text}: {key}= takes one of {', '.join(choices[key])}")
+        if not (key in choices and equals) and word != "apop-only":
+            raise ConfigError(
+                f"{option} {text}: {word or '(nothing)'} is not known; write stls=WORD,"
+                " cleartext=WORD and apop-only, a comma between two"
+            )
+        if key in found:
+            raise ConfigError(f"{option} {text}: {key} is there twice; leave one out")
+        found[key] = value
+    return Variation(found.get("stls"), found.get("cleartext"), "apop-only" in found)
 
 
 def tls_is_missing(policy: Policy, secured: bool) -> bool:

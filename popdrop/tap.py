@@ -62,7 +62,7 @@ from popdrop.inthreads import InThreads
 from popdrop.ops.gate import HOSTS_ALLOW, HOSTS_DENY, Gate
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
-from popdrop.policy import LOOPBACK, Policy, Timing, folding, network
+from popdrop.policy import LOOPBACK, Policy, Timing, Variation, folding, network, variation
 from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
 from popdrop.sasl import MECHANISMS
@@ -96,6 +96,12 @@ HASH_NICE: Final = 10
 """Nice value of these threads: sessions that are logged in go before logins."""
 AUTH_THREADS: Final = 8
 """Logins at once that wait for PAM and for checkpassword programs. Hashes have their own cap."""
+EVERYWHERE: Final = Variation()
+"""Of a listener without a `--listen-policy`."""
+NO_APOP: Final = (
+    "no --auth can verify APOP, and nobody could log in; use accounts:FILE with its key beside it,"
+    " passwd:FILE:scheme=plain, or checkpassword:PROG:apop=yes"
+)
 LOOPBACK_LISTENERS: Final = (
     "tcp:{plain}:interface=127.0.0.1",
     "tcp6:{plain}:interface=\\:\\:1",
@@ -235,6 +241,10 @@ class Popdrop(Service):
         self._hash_pool = self._pool("popdrop-hash", HASH_THREADS, HASH_NICE)
         self._auth_pool = self._pool("popdrop-auth", AUTH_THREADS)
         checkers = self._checkers()
+        self._variations = {
+            number: variation("--listen-policy", text)
+            for number, text in options["listen-policy"].items()
+        }
         tls = self._stls_certificates()
         kinds = {kind for checker in checkers for kind in checker.credentialInterfaces}
         self._takes_cram = any(
@@ -251,13 +261,12 @@ class Popdrop(Service):
         timing = Timing(options["login-timeout"], options["idle-timeout"])
         self._gate = self._access()
         holders: dict[bytes, POP3Protocol] = {}
-        for listener in self._parsed_listeners():
+        for number, listener in enumerate(self._parsed_listeners()):
             self._listeners.append(listener)
-            without_stls = listener.implicit_tls or listener.scheme == "stdio"
             self._factories.append(
                 POP3Factory(
                     portal,
-                    replace(policy, stls="off") if without_stls else policy,
+                    self._policy_of(number, listener, policy),
                     self._throttle,
                     self._session_log,
                     reactor,
@@ -288,6 +297,21 @@ class Popdrop(Service):
         if not (allowed or denied or files):
             return None
         return Gate(self._reactor, allowed, denied, files)
+
+    def _policy_of(self, number: int, listener: listeners.Listener, policy: Policy) -> Policy:
+        """The rules of one listener: those of all, changed by its `--listen-policy`."""
+        own = self._variations.get(number, EVERYWHERE)
+        if own.apop_only and not policy.apop:
+            raise ConfigError(f"--listen-policy apop-only: {NO_APOP}")
+        policy = own(policy)
+        if self._options["apop-only"]:
+            policy = replace(policy, cleartext="never")
+        return policy if listener.can_stls else replace(policy, stls="off")
+
+    def _stls_of(self, number: int) -> str:
+        """The word that holds for one listener: its own, or that of `--stls`."""
+        own = self._variations.get(number, EVERYWHERE).stls
+        return str(self._options["stls"]) if own is None else own
 
     def _portal(self, checkers: list[Any], kinds: set[Any], policy: Policy) -> Portal:
         options = self._options
@@ -322,10 +346,7 @@ class Popdrop(Service):
     def _offers_apop(self, kinds: set[Any]) -> bool:
         apop = IUsernameHashedPassword in kinds
         if self._options["apop-only"] and not apop:
-            raise ConfigError(
-                "--apop-only: no --auth can verify APOP, and nobody could log in; use accounts:FILE"
-                " with its key beside it, passwd:FILE:scheme=plain, or checkpassword:PROG:apop=yes"
-            )
+            raise ConfigError(f"--apop-only: {NO_APOP}")
         return apop
 
     def _owners(self) -> tuple[int, ...]:
@@ -457,7 +478,8 @@ class Popdrop(Service):
     def _stls_certificates(self) -> object | None:
         options = self._options
         path = options["starttls"]
-        if options["stls"] == "off":
+        count = len(options["listen"]) or 1
+        if all(self._stls_of(number) == "off" for number in range(count)):
             if path is not None:
                 raise ConfigError("--starttls is given, but --stls is off; leave one of them out")
             return None
@@ -478,12 +500,21 @@ class Popdrop(Service):
                 plain = tls = 0
             texts = [text.format(plain=plain, tls=tls, pem=pem) for text in LOOPBACK_LISTENERS]
         found = [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
-        if self._options["stls"] == "require" and any(each.scheme == "stdio" for each in found):
-            raise ConfigError(
-                "--stls require: stdio: cannot begin TLS, so nobody could log in there, or all"
-                " could without TLS; use another --listen, or --stls offer"
-            )
-        under_tls = self._options["stls"] != "off" or any(each.implicit_tls for each in found)
+        under_tls = False
+        for number, each in enumerate(found):
+            stls, own = self._stls_of(number), self._variations.get(number, EVERYWHERE).stls
+            if each.implicit_tls and own is not None:
+                raise ConfigError(
+                    f"--listen-policy stls={own}: {each.text} begins with TLS; leave stls= out"
+                )
+            if each.scheme == "stdio" and stls != "off" and (own or stls == "require"):
+                option = "--stls require" if own is None else f"--listen-policy stls={own}"
+                raise ConfigError(
+                    f"{option}: stdio: cannot begin TLS, so nobody could log in there, or all"
+                    " could without TLS; use another --listen, or put --listen-policy stls=off"
+                    " behind it"
+                )
+            under_tls = under_tls or stls != "off" or each.implicit_tls
         if self._options["client-ca"] is not None and not under_tls:
             raise ConfigError(
                 f"--client-ca {self._options['client-ca']}: no listener has TLS; leave --stls off"
@@ -600,7 +631,7 @@ class Popdrop(Service):
         if self._ports:
             return
         pairs = list(zip(self._listeners, self._factories, strict=True))
-        self._listeners = []
+        self._listeners, self._factories = [], []
         for listener, factory in pairs:
             outcome: list[Any] = []
             listeners.listen(listener, factory).addBoth(outcome.append)
@@ -609,6 +640,7 @@ class Popdrop(Service):
             port = outcome[0]
             if not isinstance(port, Failure):
                 self._listeners.append(listener)
+                self._factories.append(factory)
                 self._ports.append(port)
                 factory.inherits_options = _set_options(port)
                 continue
@@ -726,13 +758,14 @@ class Popdrop(Service):
             )
 
     def _tell(self) -> None:
-        for listener, port in zip(self._listeners, self._ports, strict=True):
+        served = zip(self._listeners, self._factories, self._ports, strict=True)
+        for listener, factory, port in served:
             host = port.getHost() if IListeningPort.providedBy(port) else None
             where = getattr(host, "host", None)
             log.info(
                 "POP3 on {where}, {how}",
                 where=f"{where} port {host.port}" if where else listener.text,  # type: ignore[attr-defined]
-                how="TLS" if listener.implicit_tls else f"STLS {self._factories[0].policy.stls}",
+                how="TLS" if listener.implicit_tls else f"STLS {factory.policy.stls}",
             )
         if self._demo is not None:
             self._tell_demo(self._demo)

@@ -23,6 +23,37 @@ NOWHERE = PeerFacts()
 SECRET = Secret(b"shared")
 
 
+class VariationTests(SynchronousTestCase):
+    """What `--listen-policy` says, and what it makes of the rules of all."""
+
+    def test_each_word(self) -> None:
+        base = Policy(cleartext="tls", stls="offer", mechanisms=(b"PLAIN", b"SCRAM-SHA-256"))
+        for text, wanted in (
+            ("stls=require", ("require", "tls", base.mechanisms)),
+            ("stls=off, cleartext=always", ("off", "always", base.mechanisms)),
+            ("apop-only", ("offer", "never", ())),
+            ("cleartext=always,apop-only", ("offer", "never", ())),
+        ):
+            found = rules.variation("--listen-policy", text)(base)
+            self.assertEqual((found.stls, found.cleartext, found.mechanisms), wanted, text)
+        self.assertEqual(rules.Variation()(base), base)
+
+    def test_what_is_not_known(self) -> None:
+        for text, told in (
+            ("stls=maybe", "stls= takes one of offer, require, off"),
+            ("cleartext=", "cleartext= takes one of default, never, always, local, tls"),
+            ("stls", "stls is not known; write stls=WORD"),
+            ("apop-only=yes", "apop-only=yes is not known"),
+            ("", "(nothing) is not known"),
+            ("stls=off,,", "(nothing) is not known"),
+            ("stls=off,stls=offer", "stls is there twice"),
+            ("apop-only,apop-only", "apop-only is there twice"),
+        ):
+            with self.assertRaises(ConfigError) as caught:
+                rules.variation("--listen-policy", text)
+            self.assertIn(f"--listen-policy {text}: {told}", str(caught.exception))
+
+
 class CleartextTests(SynchronousTestCase):
     # For each of qpopper's words: open without TLS and far away; under TLS; from loopback.
     TABLE = (

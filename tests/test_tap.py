@@ -21,6 +21,16 @@ LOOPBACK = ("--listen", "tcp:0:interface=127.0.0.1")
 WRONG_OPTIONS = (
     (("--cleartext", "sometimes"), "--cleartext takes one of default, never"),
     (("--stls", "require", "--listen", "stdio:"), "--stls require: stdio: cannot begin TLS"),
+    (
+        ("--listen", "stdio:", "--listen-policy", "stls=offer"),
+        "--listen-policy stls=offer: stdio: cannot begin TLS",
+    ),
+    (("--listen-policy", "stls=maybe"), "--listen-policy stls=maybe: stls= takes one of"),
+    (("--listen-policy", "x", "--listen-policy", "y"), "--listen-policy x,y: x is not known"),
+    (
+        ("--listen-policy", "apop-only", "--auth", "checkpassword:/bin/true"),
+        "--listen-policy apop-only: no --auth can verify APOP",
+    ),
     (("--stls", "maybe"), "--stls takes one of offer, require, off"),
     (("--apop-users", "maybe"), "--apop-users takes one of refuse, allow"),
     (("--nonsense",), "nonsense"),
@@ -117,6 +127,33 @@ class OptionTests(TapCase):
         for words, told in WRONG_OPTIONS:
             base = () if words[0] == "--listen" else LOOPBACK
             self.assertIn(told, self.refused(*base, *words))
+
+    def test_listen_policy_needs_its_listener(self) -> None:
+        told = self.refused("--listen-policy", "stls=off", *LOOPBACK)
+        self.assertIn("--listen-policy stls=off: stands behind the --listen", told)
+
+    def test_listen_policy_of_tls_has_no_stls(self) -> None:
+        self.make()  # for the self-made certificate
+        text = f"tls:{self.folder}/self-made.pem:0:interface=127.0.0.1"
+        told = self.refused("--listen", text, "--listen-policy", "stls=require")
+        self.assertIn("--listen-policy stls=require", told)
+        self.assertIn("begins with TLS", told)
+
+    def test_stls_of_one_listener(self) -> None:
+        """There is a certificate where one listener wants it; stdio may be let off."""
+        own = ("--listen-policy", "stls=require")
+        service = self.make(*LOOPBACK, *LOOPBACK, *own, "--stls", "off")
+        self.assertEqual([each.policy.stls for each in service._factories], ["off", "require"])
+        self.assertIsNotNone(service._factories[1].tls)
+        without = ("--listen", "stdio:", "--listen-policy", "stls=off")
+        service = self.make(*LOOPBACK, *without, "--stls", "require")
+        self.assertEqual([each.policy.stls for each in service._factories], ["require", "off"])
+        service = self.make(*LOOPBACK, *LOOPBACK, "--listen-policy", "stls=off")
+        self.assertEqual([each.policy.stls for each in service._factories], ["offer", "off"])
+
+    def test_apop_only_holds_on_every_listener(self) -> None:
+        words = ("--apop-only", *LOOPBACK, "--listen-policy", "cleartext=always")
+        self.assertEqual(self.make(*words)._factories[0].policy.cleartext, "never")
 
     def test_state_dir_that_cannot_be(self) -> None:
         blocked = os.path.join(self.folder, "file")

@@ -65,7 +65,10 @@ class Folder:
 
 
 class Twistd:
-    """`twistd -n popdrop` with ports of the kernel's choice."""
+    """`twistd -n popdrop` with ports of the kernel's choice.
+
+    Behind a string of `listen`, after a space, may stand its own rules.
+    """
 
     def __init__(
         self,
@@ -89,7 +92,9 @@ class Twistd:
         if not any(option.startswith("--throttle") for option in options):
             arguments += ["--throttle", "off"]
         for text in listeners:
-            arguments += ["--listen", text]
+            where, _, policy = text.partition(" ")
+            arguments += ["--listen", where]
+            arguments += ["--listen-policy", policy] if policy else []
         self.process = subprocess.Popen(
             [*arguments, *options],
             cwd=folder.path,
