@@ -36,7 +36,9 @@ class POP3Factory(ServerFactory):
     process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
     yields to a new one of its account. `holders` are the logged-in sessions by account, over all
     listeners of a service. `answers` are the accounts, for mechanisms that ask before the login;
-    `None` where no such mechanism is offered. `gate` are the access rules.
+    `None` where no such mechanism is offered. `gate` are the access rules. `proxied`: our own
+    address is another for each connection, as its PROXY header says. `emptied` is called when the
+    last connection is gone and done with.
     """
 
     protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
@@ -54,6 +56,8 @@ class POP3Factory(ServerFactory):
         tls: object | None = None,
         implicit_tls: bool = False,
         trusted_address: bool = True,
+        proxied: bool = False,
+        emptied: Callable[[], None] | None = None,
         listener: str = "",
         proof_key: bytes = b"",
         takeover: float = 0.0,
@@ -71,6 +75,8 @@ class POP3Factory(ServerFactory):
         self.tls = tls
         self.implicit_tls = implicit_tls
         self.trusted_address = trusted_address
+        self._proxied = proxied
+        self._emptied = emptied
         self.listener = listener
         self.proof_key = proof_key or secrets.token_bytes(32)
         self.takeover = takeover
@@ -110,7 +116,7 @@ class POP3Factory(ServerFactory):
 
     def local(self, transport: Any) -> IAddress:
         """Our own address, of which the port counts: the same for all connections."""
-        if not self.trusted_address:
+        if self._proxied or not self.trusted_address:
             return cast("IAddress", transport.getHost())
         if self._local is None:
             self._local = transport.getHost()
@@ -136,6 +142,8 @@ class POP3Factory(ServerFactory):
     def forget(self, protocol: POP3Protocol) -> None:
         """A connection is gone."""
         self.protocols.discard(protocol)
+        if self._emptied is not None and not self.protocols and not self.stopping:
+            self._emptied()
 
     def turn(self, now: float) -> Deferred[None] | None:
         """When a login may begin; `None`: at once. `now` is the clock's.

@@ -2,7 +2,11 @@
 
 Two meanings are narrower than Twisted's. `tcp6:` on all addresses is IPv6 alone, whatever
 `net.ipv6.bindv6only` says, so that `tcp:110` and `tcp6:110` go together; `tls:` on all addresses is
-both families. And `tls:` wants its port named: Twisted's default is that of HTTPS.
+both families. And `tls:` wants its port named: Twisted's default is that of HTTPS. Two are wider:
+`systemd:` takes a certificate, for implicit TLS on a socket of systemd's, and `stdio:` makes a
+connection of a socket that inetd hands on.
+
+Over 400 lines since each kind brings its own words and remedies.
 """
 
 from __future__ import annotations
@@ -27,19 +31,18 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamServerEndpoint,
 )
-from twisted.logger import Logger
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
+from popdrop import inherited
 from popdrop.certs import Certificates, Keyring
 from popdrop.errors import ConfigError
-from popdrop.spec import Spec, parse
-from popdrop.values import PeerFacts, normalised
+from popdrop.proxied import ProxiedEndpoint
+from popdrop.spec import Spec, parse, quoted
+from popdrop.values import Network, PeerFacts, normalised
 
 __all__ = ["Listener", "from_spec", "listen", "normalised", "peer_facts"]
-
-log = Logger()
 
 BACKLOG = 1024
 """Connections that may wait for `accept` (the kernel's `net.core.somaxconn` cuts it).
@@ -53,7 +56,7 @@ EXAMPLES = {
     "tls": "tls:/etc/letsencrypt/live:995",
     "ssl": "ssl:995:privateKey=/etc/ssl/key.pem:certKey=/etc/ssl/cert.pem",
     "unix": "unix:/run/popdrop/pop3.sock:mode=660",
-    "systemd": "systemd:domain=INET6:index=0",
+    "systemd": "systemd:domain=INET6:index=0 or systemd:domain=INET6:name=pop3s:tls=PEM",
     "stdio": "stdio:",
     "haproxy": "haproxy:tcp:1110:interface=127.0.0.1",
 }
@@ -71,7 +74,8 @@ class Listener:
     """One `--listen` string, ready to listen.
 
     `endpoint` includes TLS where it is implicit. `trusted_address` says whether the peer address
-    is the client's own, so that `local` exemptions may hold (decision 25).
+    is the client's own, so that `local` exemptions may hold (decision 25): that of the socket, or
+    that of a PROXY header from a trusted proxy.
     """
 
     text: str
@@ -88,41 +92,93 @@ class Listener:
     @property
     def can_stls(self) -> bool:
         """Whether TLS can begin within a session (RFC 2595 section 4)."""
-        return not (self.implicit_tls or self.scheme == "stdio")
+        return not (self.implicit_tls or self.is_pipe)
+
+    @property
+    def is_pipe(self) -> bool:
+        """Whether it is standard input and output without a socket: no STLS, no address."""
+        return self.scheme == "stdio" and not self.trusted_address
 
 
-def from_spec(reactor: object, text: str, keyring: Keyring) -> Listener:
+def from_spec(
+    reactor: object, text: str, keyring: Keyring, proxies: tuple[Network, ...] = ()
+) -> Listener:
     """What `--listen text` describes; `keyring` is shared by all options that name certificates.
 
-    Raises `ConfigError`, also when a certificate is not as it should be.
+    From `proxies` alone a `haproxy:` listener takes connections. Raises `ConfigError`, also when a
+    certificate is not as it should be.
     """
-    option = f"--listen {text}"
     try:
         spec = parse("--listen", text)
     except ConfigError as error:
         raise ConfigError(f"{error}; for example tcp:110") from None
     scheme = spec.kind.lower()
+    if scheme != "haproxy":
+        return _direct(reactor, f"--listen {text}", text, spec, keyring)
+    return _proxied(reactor, text, keyring, proxies)
+
+
+def _direct(reactor: object, option: str, text: str, spec: Spec, keyring: Keyring) -> Listener:
+    scheme = spec.kind.lower()
     if scheme in ("tcp", "tcp6"):
         return _tcp(reactor, option, text, scheme, spec)
     if scheme in ("tls", "ssl"):
         return _tls(reactor, option, text, scheme, spec, keyring)
-    if scheme == "haproxy" and spec.args and spec.args[0].lower() in ("tls", "ssl"):
-        raise ConfigError(
-            f"{option}: TLS and the PROXY header do not go together yet; let the proxy end TLS,"
-            f" or use {EXAMPLES['haproxy']} with STLS"
-        )
+    if scheme == "systemd":
+        return _systemd(reactor, option, text, spec, keyring)
+    if scheme == "stdio" and (family := inherited.family()) is not None:
+        connection = cast(IStreamServerEndpoint, inherited.InheritedConnection(reactor, family))
+        return Listener(text, scheme, connection, trusted_address=True)
+    return Listener(text, scheme, _twisteds(reactor, option, scheme, text), trusted_address=False)
+
+
+def _twisteds(reactor: object, option: str, scheme: str, text: str) -> IStreamServerEndpoint:
     try:
         endpoint = serverFromString(reactor, text)  # type: ignore[no-untyped-call]
     except Exception as error:
         raise ConfigError(_unusable(option, scheme, error)) from None
-    if scheme == "haproxy":
-        log.warn(
-            "{option}: a PROXY header is believed from everybody who can reach this listener:"
-            " let only the proxy reach it. No client counts as local",
-            option=option,
+    return cast(IStreamServerEndpoint, endpoint)
+
+
+def _systemd(reactor: object, option: str, text: str, spec: Spec, keyring: Keyring) -> Listener:
+    path = spec.kwargs.get("tls")
+    domain = spec.kwargs.get("domain") or (spec.args[0] if spec.args else "")
+    words = [*spec.args, *(f"{k}={quoted(v)}" for k, v in spec.kwargs.items() if k != "tls")]
+    endpoint = _twisteds(reactor, option, "systemd", ":".join(["systemd", *words]))
+    certificates = None
+    if path is not None:
+        certificates = keyring.get(path, option=option)
+        endpoint = _TLSEndpoint(endpoint, certificates, cast(IReactorTime, reactor))
+    return Listener(text, "systemd", endpoint, domain != "UNIX", certificates)
+
+
+def _proxied(
+    reactor: object, text: str, keyring: Keyring, proxies: tuple[Network, ...]
+) -> Listener:
+    """Any other listener, with a PROXY header before all else, TLS included."""
+    option = f"--listen {text}"
+    behind = text.partition(":")[2]
+    try:
+        spec = parse("--listen", behind)
+    except ConfigError as error:
+        raise ConfigError(_unusable(option, "haproxy", error)) from None
+    kind = spec.kind.lower()
+    if kind in ("haproxy", "stdio"):
+        raise _wrong(option, "haproxy", f"{kind}: cannot be behind a proxy")
+    inner = _direct(reactor, option, behind, spec, keyring)
+    if not proxies and inner.trusted_address:
+        raise ConfigError(
+            f"{option}: whoever reaches it could name any address as his own; name the proxies,"
+            " as --trusted-proxies 127.0.0.1,::1"
         )
-    inherited = scheme == "systemd" and (spec.kwargs.get("domain") or spec.args[0]) != "UNIX"
-    return Listener(text, scheme, endpoint, trusted_address=inherited)
+    clock = cast(IReactorTime, reactor)
+    if isinstance(inner.endpoint, _TLSEndpoint):
+        plain = ProxiedEndpoint(inner.endpoint.plain, proxies, clock)
+        assert inner.certificates is not None
+        endpoint: Any = _TLSEndpoint(cast(IStreamServerEndpoint, plain), inner.certificates, clock)
+    else:
+        endpoint = ProxiedEndpoint(inner.endpoint, proxies, clock)
+    return Listener(text, "haproxy", endpoint, True, inner.certificates)
 
 
 def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListeningPort]:
@@ -275,6 +331,9 @@ def _unusable(option: str, scheme: str, error: Exception) -> str:
     """One line from whatever a parser of Twisted's or a third party's threw."""
     if scheme in EXAMPLES:
         words = " ".join(str(error).split()) or type(error).__name__
+        if scheme == "systemd" and isinstance(error, LookupError):
+            # Twisted takes none that has no name; sd_listen_fds_with_names(3) would.
+            words = "systemd hands on no such socket; systemd-socket-activate needs --fdname=NAME"
         return f"{option}: cannot be used ({words}); for example {EXAMPLES[scheme]}"
     if isinstance(error, ValueError) and "Unknown endpoint type" in str(error):
         schemes = ", ".join(EXAMPLES)
@@ -324,10 +383,10 @@ class _TLSEndpoint:
     def __init__(
         self, plain: IStreamServerEndpoint, certificates: Certificates, clock: IReactorTime
     ) -> None:
-        self._plain = plain
+        self.plain = plain
         self._certificates = certificates
         self._clock = clock
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
         wrapped = _TLSFactory(self._certificates, False, factory, clock=self._clock)
-        return self._plain.listen(cast(IProtocolFactory, wrapped))
+        return self.plain.listen(cast(IProtocolFactory, wrapped))

@@ -190,7 +190,15 @@ class Options(AuthOptionMixin, usage.Options):
         ["hostname", None, None, "This server's name. [the machine's]"],
     ]
     supportedInterfaces = (IUsernamePassword, IUsernameHashedPassword)
-    _several = ("listen", "auth", "session-log", "local-net", "allow-net", "deny-net")
+    _several = (
+        "listen",
+        "auth",
+        "session-log",
+        "local-net",
+        "allow-net",
+        "deny-net",
+        "trusted-proxies",
+    )
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -252,6 +260,11 @@ class Options(AuthOptionMixin, usage.Options):
     def opt_deny_net(self, text: str) -> None:
         """A network whose clients may not connect, whatever --allow-net says. Repeatable."""
         self["deny-net"].append(text)
+
+    def opt_trusted_proxies(self, text: str) -> None:
+        """Addresses and networks, with commas between: only these may send PROXY headers to a
+        haproxy: listener. Repeatable."""
+        self["trusted-proxies"].append(text)
 
     def opt_version(self) -> None:
         """Print Popdrop's version."""

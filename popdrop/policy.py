@@ -167,10 +167,11 @@ def is_local(policy: Policy, peer: PeerFacts | None) -> bool:
     """Whether the peer's own address, known and trusted, is in a local network."""
     if peer is None or peer.address is None or not peer.address_trusted:
         return False
-    return _is_in(peer.address, policy.local)
+    return is_in(peer.address, policy.local)
 
 
-def _is_in(address: str, networks: tuple[Network, ...]) -> bool:
+def is_in(address: str, networks: tuple[Network, ...]) -> bool:
+    """Whether an IP address, normalised, is in one of the networks."""
     known = ip_address(address.partition("%")[0])
     return any(known in network for network in networks)
 
@@ -312,6 +313,6 @@ def _out_of(scope: Scope, peer: PeerFacts | None, now: float) -> str | None:
         # Where the address is not known, or not to be believed, it is in no network.
         if peer is None or peer.address is None or not peer.address_trusted:
             return "network"
-        if not _is_in(peer.address, scope.networks):
+        if not is_in(peer.address, scope.networks):
             return "network"
     return None

@@ -27,6 +27,7 @@ from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.portal import Portal
 from twisted.cred.strcred import InvalidAuthArgumentString, InvalidAuthType, makeChecker
 from twisted.internet.defer import Deferred, gatherResults, succeed
+from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
@@ -62,7 +63,16 @@ from popdrop.inthreads import InThreads
 from popdrop.ops.gate import HOSTS_ALLOW, HOSTS_DENY, Gate
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
-from popdrop.policy import LOOPBACK, Policy, Timing, Variation, folding, network, variation
+from popdrop.policy import (
+    LOOPBACK,
+    Policy,
+    Timing,
+    Variation,
+    folding,
+    network,
+    networks,
+    variation,
+)
 from popdrop.protocol import POP3Protocol
 from popdrop.realm import Realm
 from popdrop.sasl import MECHANISMS
@@ -148,9 +158,11 @@ def _credentials_of(mechanism: bytes) -> Any:
 
 def _is_local(listener: listeners.Listener) -> bool:
     """Whether only this machine can reach it."""
-    if listener.scheme in ("unix", "stdio"):
+    text = listener.text[len("haproxy:") if listener.scheme == "haproxy" else 0 :]
+    spec = parse("--listen", text)
+    if spec.kind.lower() == "unix" or listener.is_pipe:
         return True
-    interface = parse("--listen", listener.text).kwargs.get("interface", "")
+    interface = spec.kwargs.get("interface", "")
     try:
         return ip_address(interface).is_loopback
     except ValueError:
@@ -274,6 +286,8 @@ class Popdrop(Service):
                     tls=tls,
                     implicit_tls=listener.implicit_tls,
                     trusted_address=listener.trusted_address,
+                    proxied=listener.scheme == "haproxy",
+                    emptied=self._end if listener.scheme == "stdio" else None,
                     listener=listener.text,
                     proof_key=self._throttle.proof_key,
                     takeover=options["takeover"],
@@ -499,7 +513,14 @@ class Popdrop(Service):
             if self._demo is not None and not (_is_free(plain) and _is_free(tls)):
                 plain = tls = 0
             texts = [text.format(plain=plain, tls=tls, pem=pem) for text in LOOPBACK_LISTENERS]
-        found = [listeners.from_spec(self._reactor, text, self._keyring) for text in texts]
+        proxies = tuple(
+            each
+            for text in self._options["trusted-proxies"]
+            for each in networks("--trusted-proxies", text)
+        )
+        found = [listeners.from_spec(self._reactor, t, self._keyring, proxies) for t in texts]
+        if proxies and not any(each.scheme == "haproxy" for each in found):
+            raise ConfigError("--trusted-proxies: no listener takes PROXY headers; use haproxy:...")
         under_tls = False
         for number, each in enumerate(found):
             stls, own = self._stls_of(number), self._variations.get(number, EVERYWHERE).stls
@@ -507,7 +528,7 @@ class Popdrop(Service):
                 raise ConfigError(
                     f"--listen-policy stls={own}: {each.text} begins with TLS; leave stls= out"
                 )
-            if each.scheme == "stdio" and stls != "off" and (own or stls == "require"):
+            if each.is_pipe and stls != "off" and (own or stls == "require"):
                 option = "--stls require" if own is None else f"--listen-policy stls={own}"
                 raise ConfigError(
                     f"{option}: stdio: cannot begin TLS, so nobody could log in there, or all"
@@ -651,6 +672,15 @@ class Popdrop(Service):
             # A daemon's caller sees the first hundred octets of it only.
             log.error("{why}", why=str(port.value))
             raise StartError(f"popdrop: {port.value}")
+
+    def _end(self) -> None:
+        """The one session that inetd has started this process for is over."""
+        if all(listener.scheme == "stdio" for listener in self._listeners):
+            self._reactor.callLater(0, self._stop_reactor)
+
+    def _stop_reactor(self) -> None:
+        with suppress(ReactorNotRunning):
+            self._reactor.stop()
 
     def _let_go_of_ports(self) -> None:
         for port in self._ports:

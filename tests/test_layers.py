@@ -30,7 +30,7 @@ _TABLE = """
 6   accounts.oidc
 5   stores.mbox.store stores.mbox.keepsake stores.mbox.mend
 5   accounts.issuer accounts.backends
-4   certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
+4   proxied certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
 4   stores.mbox.beside stores.mbox.check
 4   accounts.rosters accounts.importers accounts.system accounts.checkpassword
 4   accounts.passwdfile
@@ -46,7 +46,7 @@ _TABLE = """
 1   stores.mbox.scan stores.mbox.findings
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
-0   errors listing values places asowner accounts.dbmfiles accounts.webclient
+0   errors listing values places asowner inherited notify accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot
 4   accounts.helper

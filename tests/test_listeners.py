@@ -8,6 +8,7 @@ import socket
 import ssl
 import subprocess
 import sys
+from ipaddress import ip_network
 from unittest import mock
 
 from twisted.internet import reactor
@@ -48,7 +49,7 @@ class SpecTests(SynchronousTestCase):
         self.reactor = MemoryReactorClock()
 
     def parse(self, text: str) -> Listener:
-        listener = from_spec(self.reactor, text, self.keyring)
+        listener = from_spec(self.reactor, text, self.keyring, (ip_network("127.0.0.0/8"),))
         verifyObject(IStreamServerEndpoint, listener.endpoint)
         self.assertEqual(listener.text, text)
         return listener
@@ -92,7 +93,10 @@ class SpecTests(SynchronousTestCase):
             ("unix:/run/pop3:mode=660", "unix", False, False),
             ("stdio:", "stdio", False, False),
             ("stdio", "stdio", False, False),
-            ("haproxy:tcp:1110:interface=127.0.0.1", "haproxy", False, False),
+            ("haproxy:tcp:1110:interface=127.0.0.1", "haproxy", False, True),
+            (f"haproxy:{tls}", "haproxy", True, True),
+            (f"HAProxy:{secret}", "haproxy", True, True),
+            ("haproxy:unix:/run/pop3", "haproxy", False, True),
         ):
             found = self.parse(text)
             self.assertEqual(
@@ -109,19 +113,31 @@ class SpecTests(SynchronousTestCase):
             self.assertTrue(self.parse("systemd:domain=INET6:index=0").trusted_address)
             self.assertTrue(self.parse("systemd:INET:index=0").trusted_address)
             self.assertFalse(self.parse("systemd:domain=UNIX:index=0").trusted_address)
-        self.complaint("systemd:domain=INET6:index=7", "systemd:domain=INET6:index=0")
+        self.complaint("systemd:domain=INET6:index=7", "systemd:domain=INET6:index=0", "--fdname")
         self.complaint("systemd:", "for example")
 
-    def test_haproxy_is_warned_about(self) -> None:
-        with mock.patch.object(listeners, "log") as log:
-            self.parse("tcp:110")
-            self.assertEqual(log.warn.call_count, 0)
-            self.parse("haproxy:tcp:1110")
-        self.assertEqual(log.warn.call_args.kwargs["option"], "--listen haproxy:tcp:1110")
+    def test_haproxy_names_its_proxies(self) -> None:
+        """But for a Unix socket, whose mode says who may."""
+        for text in ("haproxy:tcp:1110", f"haproxy:tls:{self.pem}:995"):
+            self.complaint(text, "name the proxies, as --trusted-proxies 127.0.0.1,::1")
+        from_spec(self.reactor, "haproxy:unix:/run/pop3", self.keyring)
 
-    def test_haproxy_with_tls_is_refused(self) -> None:
-        self.complaint(f"haproxy:tls:{self.pem}:995", "let the proxy end TLS")
-        self.complaint("haproxy:ssl:995:privateKey=x", "let the proxy end TLS")
+    def test_haproxy_before_what_cannot_be(self) -> None:
+        self.complaint("haproxy:", "for example haproxy:tcp")
+        self.complaint("haproxy:tpc:110", "tpc is no known kind")
+        self.complaint("haproxy:tcp:eleven", "port eleven")
+        self.complaint("haproxy:stdio:", "stdio: cannot be behind a proxy")
+        self.complaint("haproxy:haproxy:tcp:110", "haproxy: cannot be behind a proxy")
+
+    def test_systemd_with_tls(self) -> None:
+        with mock.patch(
+            "twisted.internet.endpoints._SystemdParser._sddaemon",
+            mock.Mock(inheritedDescriptors=lambda: [3]),
+        ):
+            found = self.parse(f"systemd:domain=INET6:index=0:tls={self.pem}")
+            self.assertTrue(found.implicit_tls)
+            self.assertIs(found.certificates, self.keyring.get(self.pem))
+            self.complaint("systemd:INET:index=0:tls=/nowhere/at/all", "/nowhere/at/all")
 
     def test_one_source_for_all(self) -> None:
         first = self.parse(f"tls:{self.pem}:995")

@@ -64,11 +64,30 @@ class Folder:
         return path
 
 
-class Twistd:
-    """`twistd -n popdrop` with ports of the kernel's choice.
+def command(
+    folder: Folder, *options: str, listen: tuple[str, ...], daemon: tuple[str, ...] = ()
+) -> list[str]:
+    """The words that start `twistd -n popdrop`; `daemon` are options of twistd's own.
 
     Behind a string of `listen`, after a space, may stand its own rules.
     """
+    words = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
+    words += ["-n", "--pidfile", "", *daemon, "popdrop", "--state-dir", str(folder.state)]
+    if not any(option.startswith("--store") for option in options):
+        words += ["--store", f"mbox:{folder.spools}/{{user}}"]
+    if not any(option.startswith("--auth") for option in options):
+        words += ["--auth", f"accounts:{folder.accounts}"]
+    if not any(option.startswith("--throttle") for option in options):
+        words += ["--throttle", "off"]
+    for text in listen:
+        where, _, policy = text.partition(" ")
+        words += ["--listen", where]
+        words += ["--listen-policy", policy] if policy else []
+    return [*words, *options]
+
+
+class Twistd:
+    """`twistd -n popdrop` with ports of the kernel's choice."""
 
     def __init__(
         self,
@@ -83,20 +102,8 @@ class Twistd:
         more = {} if preload is None else {"LD_PRELOAD": str(preload)}
         more |= variables or {}
         listeners = listen or ("tcp:0:interface=127.0.0.1",)
-        arguments = [sys.executable, "-c", "from twisted.scripts.twistd import run; run()"]
-        arguments += ["-n", "--pidfile", "", "popdrop", "--state-dir", str(folder.state)]
-        if not any(option.startswith("--store") for option in options):
-            arguments += ["--store", f"mbox:{folder.spools}/{{user}}"]
-        if not any(option.startswith("--auth") for option in options):
-            arguments += ["--auth", f"accounts:{folder.accounts}"]
-        if not any(option.startswith("--throttle") for option in options):
-            arguments += ["--throttle", "off"]
-        for text in listeners:
-            where, _, policy = text.partition(" ")
-            arguments += ["--listen", where]
-            arguments += ["--listen-policy", policy] if policy else []
         self.process = subprocess.Popen(
-            [*arguments, *options],
+            command(folder, *options, listen=listeners),
             cwd=folder.path,
             env=environment(folder.path) | more,
             stdin=subprocess.DEVNULL,
@@ -109,7 +116,10 @@ class Twistd:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        self.ports = [int(self.wait_for(r"POP3 on \S+ port (\d+)")[1]) for _ in listeners]
+        told = [
+            self.wait_for(r"POP3 on \S+ port (\d+)|POP3 on (?:haproxy:)?unix:") for _ in listeners
+        ]
+        self.ports = [int(match[1] or 0) for match in told]
 
     def _read(self) -> None:
         assert self.process.stdout is not None
