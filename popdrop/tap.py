@@ -35,7 +35,7 @@ from twisted.plugin import getPlugins
 from twisted.python.failure import Failure
 
 import popdrop
-from popdrop import certs, listeners, record, throttle
+from popdrop import certs, listeners, notify, record, throttle
 from popdrop.accounts import backends, helperclient, oidc
 from popdrop.accounts.checkers import (
     AccountsChecker,
@@ -231,6 +231,7 @@ class Popdrop(Service):
         self._helper: helperclient.HelperProcess | None = None
         self._tidy: Callable[[], None] | None = None
         self._looking: LoopingCall | None = None
+        self._living: LoopingCall | None = None
         self.hostname = options["hostname"] or machine_name()
         try:
             self._assemble()
@@ -765,6 +766,13 @@ class Popdrop(Service):
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, self._hung_up)
         self._tell()
+        seconds = notify.watchdog_seconds()
+        if seconds is not None:
+            # By the reactor's timer: what stops the reactor stops the signs of life.
+            self._living = LoopingCall(notify.tell, notify.ALIVE)
+            self._living.clock = self._reactor
+            self._living.start(seconds)
+        self._reactor.callWhenRunning(notify.tell, notify.READY)
 
     def _hung_up(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self.reload)
@@ -774,9 +782,11 @@ class Popdrop(Service):
 
         No session is dropped.
         """
+        notify.tell(notify.reloading())
         log.info("opening the session logs anew")
         self._session_log.reopen()
         self._look_at_files()
+        notify.tell(notify.READY)
 
     def _look_at_files(self) -> None:
         refreshed: list[Callable[[], None]] = [self._keyring.refresh, self._rosters.refresh]
@@ -808,6 +818,7 @@ class Popdrop(Service):
                 )
 
     async def _stop(self) -> None:
+        notify.tell(notify.STOPPING)
         if self._looking is not None and self._looking.running:
             self._looking.stop()
         for port in self._ports:
@@ -820,6 +831,8 @@ class Popdrop(Service):
             await self._helper.stop(self._reactor)
         for pool in self._pools:
             pool.stop()
+        if self._living is not None and self._living.running:
+            self._living.stop()
         self.discard()
 
     def stopService(self) -> Deferred[None]:
