@@ -77,8 +77,8 @@ class PolicyTests(ServerCase):
             client.quit()
 
 
-class KindTests(ServerCase):
-    """Every kind of listener, on every family of addresses that this machine has."""
+class KindCase(ServerCase):
+    """Sessions over any connection, and servers on sockets of systemd's."""
 
     def setUp(self) -> None:
         super().setUp()
@@ -109,6 +109,46 @@ class KindTests(ServerCase):
         with secured, secured.makefile("rb") as file:
             self.assertEqual([file.readline()[:3] for _ in range(3)], [b"+OK"] * 3)
         return secured
+
+    def activated(
+        self, addresses: tuple[str, ...], *listen: str, options: tuple[str, ...] = ()
+    ) -> None:
+        """Under `systemd-socket-activate`, which waits for a client and then becomes the server."""
+        program = shutil.which("systemd-socket-activate")
+        if program is None:
+            raise SkipTest("needs the Debian package systemd")
+        variables = environment(self.folder.path)
+        passed = [word for name in variables for word in ("-E", name)]
+        passed += [word for address in addresses for word in ("-l", address)]
+        passed += ["--fdname", ":".join(["pop3"] * len(addresses))]
+        words = command(self.folder, "--cleartext", "always", *options, listen=listen)
+        # Where this runs as root, it does not serve whoever may connect to systemd's sockets.
+        if os.geteuid() == 0:
+            words[words.index("popdrop") : words.index("popdrop")] = ["--uid", "0", "--gid", "0"]
+        child = subprocess.Popen(
+            [program, *passed, *words],
+            cwd=self.folder.path,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+        )
+        assert child.stderr is not None
+        self.addCleanup(child.stderr.close)
+        self.addCleanup(child.wait, DEADLINE)
+        self.addCleanup(child.kill)
+        for _ in addresses:
+            self.assertIn(b"Listening on", child.stderr.readline())
+        threading.Thread(target=child.stderr.read, daemon=True).start()
+
+    def free_port(self, host: str) -> int:
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        with socket.create_server((host, 0), family=family) as probe:
+            return int(probe.getsockname()[1])
+
+
+class KindTests(KindCase):
+    """Every kind of listener, on every family of addresses that this machine has."""
 
     def test_by_port(self) -> None:
         rows = [
@@ -142,58 +182,24 @@ class KindTests(ServerCase):
 
     # Sockets of systemd's
 
-    def activated(self, address: str, *listen: str) -> None:
-        """Under `systemd-socket-activate`, which waits for a client and then becomes the server."""
-        program = shutil.which("systemd-socket-activate")
-        if program is None:
-            raise SkipTest("needs the Debian package systemd")
-        variables = environment(self.folder.path)
-        passed = [word for name in variables for word in ("-E", name)]
-        words = command(self.folder, "--cleartext", "always", listen=listen)
-        # Where this runs as root, it does not serve whoever may connect to systemd's sockets.
-        if os.geteuid() == 0:
-            words[words.index("popdrop") : words.index("popdrop")] = ["--uid", "0", "--gid", "0"]
-        child = subprocess.Popen(
-            [program, "-l", address, "--fdname=pop3", *passed, *words],
-            cwd=self.folder.path,
-            env=variables,
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-        )
-        assert child.stderr is not None
-        self.addCleanup(child.stderr.close)
-        self.addCleanup(child.wait, DEADLINE)
-        self.addCleanup(child.kill)
-        for line in child.stderr:
-            if b"Listening on" in line:
-                threading.Thread(target=child.stderr.read, daemon=True).start()
-                return
-        raise AssertionError("systemd-socket-activate does not listen")
-
-    def free_port(self, host: str) -> int:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, 0), family=family) as probe:
-            return int(probe.getsockname()[1])
-
     def test_systemd(self) -> None:
         for host, domain in (("127.0.0.1", "INET"), ("::1", "INET6")):
             if domain == "INET6" and not has_ipv6():
                 continue
             port = self.free_port(host)
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-            self.activated(where, f"systemd:domain={domain}:index=0")
+            self.activated((where,), f"systemd:domain={domain}:index=0")
             self.session(socket.create_connection((host, port), DEADLINE))
             self.upgraded(socket.create_connection((host, port), DEADLINE))
 
     def test_systemd_with_tls(self) -> None:
         port = self.free_port("127.0.0.1")
-        self.activated(f"127.0.0.1:{port}", f"systemd:domain=INET:index=0:tls={self.pem}")
+        self.activated((f"127.0.0.1:{port}",), f"systemd:domain=INET:index=0:tls={self.pem}")
         self.session(socket.create_connection(("127.0.0.1", port), DEADLINE), self.trusting())
 
     def test_systemd_unix(self) -> None:
         path = f"{self.folder.path}/pop3"
-        self.activated(path, "systemd:domain=UNIX:name=pop3")
+        self.activated((path,), "systemd:domain=UNIX:name=pop3")
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(path)
             self.session(connection)
