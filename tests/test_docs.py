@@ -29,7 +29,7 @@ from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from popdrop import errors, listeners, record, session, throttle
 from popdrop.cli.main import popdrop
 from popdrop.errors import ConfigError
-from popdrop.policy import network
+from popdrop.policy import network, networks, variation
 from popdrop.spec import parse
 from popdrop.stores.mbox.findings import KINDS
 from popdrop.stores.mbox.store import MboxFactory
@@ -253,9 +253,12 @@ class CommandLineTests(SynchronousTestCase):
         self.assertGreater(seen, 15)
 
     def check(self, page: str, options: Options) -> None:
+        proxies = networks("--trusted-proxies", ",".join(options["trusted-proxies"]))
+        for text in options["listen-policy"].values():
+            variation("--listen-policy", text)
         for text in options["listen"]:
             try:
-                listeners.from_spec(object(), text, KeyringDouble())
+                listeners.from_spec(object(), text, KeyringDouble(), proxies)
             except ConfigError as error:
                 self.fail(f"{page}: {error}")
         # A file is made, so it must not be the one of the page.
