@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import socket
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.interfaces import IAddress, IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.protocol import Factory
 from zope.interface import implementer
 
 STANDARD_INPUT: Final = 0
@@ -35,6 +36,21 @@ def family(number: int = STANDARD_INPUT) -> socket.AddressFamily | None:
         return socket.AddressFamily(duplicate.family) if duplicate.family in known else None
 
 
+class _Only(Factory):
+    """Makes the protocol of the one connection. One that is refused ends the start."""
+
+    noisy = False
+
+    def __init__(self, inner: IProtocolFactory) -> None:
+        self._inner = inner
+
+    def buildProtocol(self, addr: IAddress | None) -> Any:
+        made: Any = self._inner.buildProtocol(cast("IAddress", addr))
+        if made is None:
+            raise RuntimeError("this client may not connect")
+        return made
+
+
 @implementer(IStreamServerEndpoint)
 class InheritedConnection:
     """One connection that is there already. Its deferred has the connection in place of a port."""
@@ -48,7 +64,8 @@ class InheritedConnection:
         return defer.execute(self._listen, factory)
 
     def _listen(self, factory: IProtocolFactory) -> Any:
-        made = self._reactor.adoptStreamConnection(STANDARD_INPUT, self._family, factory)
+        only = _Only(factory)
+        made = self._reactor.adoptStreamConnection(STANDARD_INPUT, self._family, only)
         # Nothing else may read from the client, or write to it: a warning of Python's, say.
         nowhere = os.open(os.devnull, os.O_RDWR)
         for number in (STANDARD_INPUT, 1):

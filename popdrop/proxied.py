@@ -142,6 +142,8 @@ class Proxied(ProtocolWrapper):
         self._begin = bytearray()
         self._header: Header | None = None
         self._timer: IDelayedCall | None = None
+        self._paused = False
+        self._rest = b""
 
     def makeConnection(self, transport: Any) -> None:
         super().makeConnection(transport)  # type: ignore[no-untyped-call]
@@ -184,7 +186,7 @@ class Proxied(ProtocolWrapper):
             return
         self._stop_waiting()
         self._header = header
-        rest = bytes(self._begin[header.size :])
+        self._rest = bytes(self._begin[header.size :])
         self._begin.clear()
         inner = self.factory.wrappedFactory.buildProtocol(self.getPeer())
         if inner is None:
@@ -194,8 +196,25 @@ class Proxied(ProtocolWrapper):
         if IHalfCloseableProtocol.providedBy(inner):
             alsoProvides(self, IHalfCloseableProtocol)
         inner.makeConnection(self)
-        if rest:
+        self._deliver()
+
+    def _deliver(self) -> None:
+        """What came with the header, once it is wanted."""
+        if self._rest and not self._paused and self.wrappedProtocol is not None:
+            rest, self._rest = self._rest, b""
             self.wrappedProtocol.dataReceived(rest)
+
+    def pauseProducing(self) -> None:
+        """Hand nothing on, not even what came with the header."""
+        self._paused = True
+        self.transport.pauseProducing()
+
+    def resumeProducing(self) -> None:
+        """Go on."""
+        self._paused = False
+        self._deliver()
+        if not self._paused:
+            self.transport.resumeProducing()
 
     def readConnectionLost(self) -> None:
         """The client sends no more."""

@@ -180,6 +180,16 @@ class ConnectionTests(SynchronousTestCase):
         protocol.dataReceived(GOOD[4][0] + b"CAPA\r\n")
         self.assertEqual(self.seen[2:], [b"CAPA\r\n"])
 
+    def test_what_comes_with_the_header_can_wait(self) -> None:
+        """As TLS does where the access rules ask for a name first."""
+        protocol, transport = self.connect()
+        made = Inner.connectionMade
+        self.patch(Inner, "connectionMade", lambda i: (made(i), i.transport.pauseProducing()))
+        protocol.dataReceived(GOOD[4][0] + b"CAPA\r\n")
+        self.assertEqual((self.seen[2:], transport.producerState), ([], "paused"))
+        protocol.resumeProducing()
+        self.assertEqual((self.seen[2:], transport.producerState), ([b"CAPA\r\n"], "producing"))
+
     def test_half_closed(self) -> None:
         """The client's end of input reaches the protocol behind, once there is one."""
         protocol, _ = self.connect()
