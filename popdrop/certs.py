@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import re
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
+from typing import cast
 
 from cryptography import x509
 from cryptography.exceptions import UnsupportedAlgorithm
@@ -40,6 +41,16 @@ LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
 """Names of chain and key in a folder: certbot's, and those of a Kubernetes secret."""
 
 SELF_MADE = "self-made.pem"
+
+WARN_BEFORE = timedelta(days=21)
+"""How long before its end a certificate is a warning: certbot renews 30 days before it."""
+
+COMMON_LIFE = timedelta(days=90)
+"""A certificate for less is a warning for the same share of its life: 10 days of 45."""
+
+DAY = timedelta(days=1)
+"""Between two lines of one cause; also the life of the keys of session tickets (RFC 9325
+section 7.4 wants them changed)."""
 
 SESSION_CONTEXT = b"popdrop"
 """Without one OpenSSL refuses resumed sessions where client certificates are asked for."""
@@ -77,16 +88,66 @@ class _Pair:
             found = [str(attribute.value) for attribute in common]
         return frozenset(name.lower().encode("utf-8", "replace") for name in found)
 
+    @property
+    def ends(self) -> datetime:
+        return self.leaf.not_valid_after_utc
+
     def current(self, now: datetime) -> bool:
-        return self.leaf.not_valid_before_utc <= now <= self.leaf.not_valid_after_utc
+        return self.leaf.not_valid_before_utc <= now <= self.ends
+
+    def aged(self, now: datetime) -> bool:
+        """Whether it is time that somebody renews it."""
+        life = self.ends - self.leaf.not_valid_before_utc
+        return now > self.ends - WARN_BEFORE * min(1.0, life / COMMON_LIFE)
+
+
+class _Daily:
+    """A warning is written once a day, however often there is cause: files are read each minute."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._told: dict[str, datetime] = {}
+
+    def due(self, cause: str) -> bool:
+        """Whether `cause` was not told of within a day. It is now."""
+        now = self._clock()
+        self._told = {each: when for each, when in self._told.items() if now - when < DAY}
+        if cause in self._told:
+            return False
+        self._told[cause] = now
+        return True
+
+    def forget(self, cause: str) -> None:
+        """What is over and comes again is told of again."""
+        self._told.pop(cause, None)
+
+
+Facts = tuple[int, int, int, int]
+
+
+def _facts(found: os.stat_result) -> Facts:
+    """What changes when a file does, or when a folder gets a new one."""
+    return found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def _facts_now(path: str) -> Facts | None:
+    try:
+        return _facts(os.stat(path))
+    except OSError:
+        return None
 
 
 class _Reader:
-    """Reads pairs from files; every complaint names the option, the file and the remedy."""
+    """Reads pairs from files; every complaint names the option, the file and the remedy.
 
-    def __init__(self, option: str) -> None:
+    `seen` is what files and folders were when they were read: a change after that is a change.
+    """
+
+    def __init__(self, option: str, daily: _Daily | None = None) -> None:
         self._option = option
+        self._daily = daily
         self.files: list[str] = []
+        self.seen: dict[str, Facts | None] = {}
 
     def wrong(self, what: str) -> ConfigError:
         return ConfigError(f"{self._option}: {what}")
@@ -95,8 +156,11 @@ class _Reader:
         self.files.append(path)
         try:
             with open(path, "rb") as file:
+                status = os.fstat(file.fileno())
+                self.seen[path] = _facts(status)
                 found = file.read()
-                if os.fstat(file.fileno()).st_mode & 0o004 and _KEY_BLOCK.search(found):
+                open_to_all = status.st_mode & 0o004 and _KEY_BLOCK.search(found)
+                if open_to_all and (self._daily is None or self._daily.due(f"open {path}")):
                     log.warn("Everybody may read the private key in {path}: chmod o-r", path=path)
                 return found
         except FileNotFoundError:
@@ -124,17 +188,8 @@ class _Reader:
                 f"the key in {key_path} does not belong to a certificate in {certificate_path};"
                 " install key and certificate together"
             )
-        now = datetime.now(UTC)
         chain = tuple(each for each in certificates if each is not leaf)
-        pair = _Pair(certificate_path, leaf, chain, key)
-        if not pair.current(now):
-            log.warn(
-                "The certificate in {path} is valid from {start} to {end} only: renew it",
-                path=certificate_path,
-                start=leaf.not_valid_before_utc,
-                end=leaf.not_valid_after_utc,
-            )
-        return pair
+        return _Pair(certificate_path, leaf, chain, key)
 
     def certificates(self, path: str) -> list[x509.Certificate]:
         blocks = _CERTIFICATE_BLOCK.findall(self.octets(path))
@@ -181,6 +236,7 @@ class _Reader:
         return pairs
 
     def _names(self, path: str) -> list[str]:
+        self.seen.setdefault(path, _facts_now(path))
         try:
             return sorted(os.listdir(path))
         except OSError as error:
@@ -213,7 +269,10 @@ class Certificates:
     several the one that lasts longest; every other client gets the first that is valid.
     `client_ca` is a PEM file: clients are asked for a certificate and need not have one, but one
     that this authority did not sign ends the handshake.
-    `option` begins every complaint. Raises `ConfigError`.
+    `option` begins every complaint. `clock` tells the time, with its zone. Raises `ConfigError`.
+
+    An expired certificate is served, with a warning: a client that checks it tells its user why
+    it does not go on, and one that does not check it goes on as before.
     """
 
     def __init__(
@@ -224,17 +283,34 @@ class Certificates:
         chain: str | None = None,
         option: str = "",
         client_ca: str | None = None,
+        clock: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._source = (path, key, chain, option or f"--starttls {path}")
         self._client_ca = client_ca
+        self._clock = clock
+        self._daily = _Daily(clock)
         self.files: tuple[str, ...] = ()
-        self._stamp: object = None
-        self._complaint = ""
+        self._seen: dict[str, Facts | None] = {}
+        self._roots: list[x509.Certificate] = []
+        self._begin: SSL.Context | None = None
+        self._begun = clock()
+        self._refused = ""
         self._read()
+        self._warn_of_age()
+
+    @property
+    def ends(self) -> datetime:
+        """When the first of the certificates ends that clients are shown."""
+        return min(pair.ends for pair in self._shown)
+
+    @property
+    def refused(self) -> bool:
+        """Whether the files hold a pair that cannot be used, so that an older one is served."""
+        return bool(self._refused)
 
     def _read(self) -> None:
         path, key, chain, option = self._source
-        reader = _Reader(option)
+        reader = _Reader(option, self._daily)
         if key is None and os.path.isdir(path):
             pairs = reader.folder(path)
         else:
@@ -242,51 +318,83 @@ class Certificates:
         authority = _Reader(f"--client-ca {self._client_ca}")
         roots = authority.certificates(self._client_ca) if self._client_ca is not None else []
         files = tuple(dict.fromkeys(reader.files + authority.files))
-        now = datetime.now(UTC)
-        contexts = [(pair, self._context(reader, pair, roots)) for pair in pairs]
-        default = next((c for pair, c in contexts if pair.current(now)), contexts[0][1])
-        by_name: dict[bytes, SSL.Context] = {}
-        for pair, context in sorted(contexts, key=lambda each: each[0].leaf.not_valid_after_utc):
-            by_name.update(dict.fromkeys(pair.names, context))
+        now = self._clock()
+        contexts = [(pair, self._context_of(reader, pair, roots)) for pair in pairs]
+        default = next((each for each in contexts if each[0].current(now)), contexts[0])
+        by_name: dict[bytes, tuple[_Pair, SSL.Context]] = {}
+        for each in sorted(contexts, key=lambda each: each[0].ends):
+            by_name.update(dict.fromkeys(each[0].names, each))
         # All at once, at the end: a pair that is broken changes nothing.
-        self.files, self._default, self._by_name = files, default, by_name
-        self._stamp = self._look()
+        self.files, self._seen = files, reader.seen | authority.seen
+        self._default = default[1]
+        self._by_name = {name: context for name, (_, context) in by_name.items()}
+        # Of several for one name the others are left over, and may end as they like.
+        self._shown = tuple({id(pair): pair for pair, _ in (default, *by_name.values())}.values())
+        if self._begin is None or roots != self._roots:
+            # A resumed session is not verified again: none outlives a change of the authority.
+            self._renew_tickets(roots)
 
-    def _look(self) -> object:
-        """What changes when one of the files does, or when a folder gets a new one."""
-        path = self._source[0]
-        facts: list[tuple[int, int, int] | None] = []
-        for name in (path, *self.files):
-            try:
-                found = os.stat(name)
-            except OSError:
-                facts.append(None)
-            else:
-                facts.append((found.st_ino, found.st_size, found.st_mtime_ns))
-        return facts
+    def _renew_tickets(self, roots: list[x509.Certificate]) -> None:
+        self._begin, self._roots, self._begun = self._context(roots), roots, self._clock()
 
     def refresh(self) -> None:
         """Read the files again if they have changed. Blocking; sessions in progress go on.
 
-        A pair that cannot be used leaves the old one in its place and one line in the log.
+        A pair that cannot be used leaves the old one in its place and one line a day in the log.
+        So does a certificate that ends soon.
         """
-        if self._look() == self._stamp:
-            return
+        if self._clock() - self._begun >= DAY:
+            self._renew_tickets(self._roots)
+        if any(_facts_now(path) != facts for path, facts in self._seen.items()):
+            self._read_again()
+        elif self._refused:
+            self._over()  # the files are the old ones again
+        self._warn_of_age()
+
+    def _read_again(self) -> None:
         try:
             self._read()
         except ConfigError as error:
-            if str(error) != self._complaint:
-                log.error("{error}; the old certificate stays in use", error=str(error))
-            self._complaint = str(error)
+            if str(error) != self._refused:
+                self._over()
+            self._refused = str(error)
+            if self._daily.due(self._refused):
+                log.error("{error}; the old certificate stays in use", error=self._refused)
         else:
-            self._complaint = ""
+            self._over()
             log.info("read {path} again", path=self._source[0])
 
-    def serverConnectionForTLS(self, protocol: TLSMemoryBIOProtocol) -> SSL.Connection:
-        """A fresh server connection. The name in the client's greeting may change its context."""
-        return SSL.Connection(self._default, None)
+    def _over(self) -> None:
+        self._daily.forget(self._refused)
+        self._refused = ""
 
-    def _context(self, reader: _Reader, pair: _Pair, roots: list[x509.Certificate]) -> SSL.Context:
+    def _warn_of_age(self) -> None:
+        now = self._clock()
+        for pair in self._shown:
+            if not pair.current(now):
+                text = "The certificate in {path} is valid from {start} to {end} only: renew it"
+            elif pair.aged(now):
+                text = "The certificate in {path} ends in {days} days, at {end}: renew it"
+            else:
+                continue
+            if self._daily.due(f"{text} {pair.path} {pair.ends}"):
+                log.warn(
+                    text,
+                    path=pair.path,
+                    start=pair.leaf.not_valid_before_utc,
+                    end=pair.ends,
+                    days=(pair.ends - now).days,
+                )
+
+    def serverConnectionForTLS(self, protocol: TLSMemoryBIOProtocol) -> SSL.Connection:
+        """A fresh server connection. The client's greeting decides on its certificate.
+
+        It begins with a context that has none. OpenSSL keeps the keys of session tickets there,
+        so that tickets hold over a renewal, and are good for every name.
+        """
+        return SSL.Connection(cast(SSL.Context, self._begin), None)
+
+    def _context(self, roots: list[x509.Certificate]) -> SSL.Context:
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
         context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
@@ -298,6 +406,12 @@ class Certificates:
         context.set_tlsext_servername_callback(self._choose_certificate)
         if roots:
             _ask_for_certificate(context, roots)
+        return context
+
+    def _context_of(
+        self, reader: _Reader, pair: _Pair, roots: list[x509.Certificate]
+    ) -> SSL.Context:
+        context = self._context(roots)
         try:
             context.use_certificate(pair.leaf)
             context.use_privatekey(pair.key)
@@ -313,10 +427,10 @@ class Certificates:
         return context
 
     def _choose_certificate(self, connection: SSL.Connection) -> None:
+        """Called for every client, whether it names a server or not."""
         name = (connection.get_servername() or b"").lower().rstrip(b".")
         context = self._by_name.get(name) or self._by_name.get(b"*." + name.partition(b".")[2])
-        if context is not None:
-            connection.set_context(context)
+        connection.set_context(context or self._default)
 
 
 class Keyring:
@@ -341,6 +455,19 @@ class Keyring:
         """As `Certificates.refresh`, for all of them."""
         for certificates in self._known.values():
             certificates.refresh()
+
+    def seconds_left(self) -> float | None:
+        """Until the first certificate ends that clients are shown; less than 0 after that.
+
+        `None` without certificates. For metrics.
+        """
+        now = datetime.now(UTC)
+        left = [(each.ends - now).total_seconds() for each in self._known.values()]
+        return min(left, default=None)
+
+    def refused(self) -> int:
+        """How many sets of files hold a pair that cannot be used. For metrics."""
+        return sum(each.refused for each in self._known.values())
 
 
 def tls_facts(transport: object, facts: PeerFacts) -> PeerFacts:

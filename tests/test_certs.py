@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import socket
@@ -90,6 +91,53 @@ def shake(certificates: Certificates, context: ssl.SSLContext, hostname: str) ->
         except (SSL.WantReadError, SSL.Error):
             pass
         incoming.write(server.bio_read(1 << 20))
+
+
+class Link:
+    """A handshake in memory to its end, with the tickets that come after it."""
+
+    def __init__(
+        self,
+        certificates: Certificates,
+        context: ssl.SSLContext,
+        session: ssl.SSLSession | None = None,
+        hostname: str | None = "a.example",
+    ) -> None:
+        self.server = certificates.serverConnectionForTLS(None)
+        self.server.set_accept_state()
+        self._incoming, self._outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+        self.client = context.wrap_bio(
+            self._incoming, self._outgoing, server_hostname=hostname, session=session
+        )
+        for _ in range(4):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                self.client.do_handshake()
+            self.pump()
+            with contextlib.suppress(SSL.WantReadError):
+                self.server.do_handshake()
+            self.pump()
+        with contextlib.suppress(ssl.SSLWantReadError):
+            self.client.read(1)
+
+    def pump(self) -> None:
+        """Carry to each side what the other has sent."""
+        if octets := self._outgoing.read():
+            self.server.bio_write(octets)
+        with contextlib.suppress(SSL.WantReadError):
+            self._incoming.write(self.server.bio_read(1 << 20))
+
+
+class Clock:
+    """The time of day, moved by a test."""
+
+    def __init__(self) -> None:
+        self.now = datetime.now(UTC)
+
+    def __call__(self) -> datetime:
+        return self.now
+
+    def advance(self, **times: float) -> None:
+        self.now += timedelta(**times)
 
 
 class FileCase(SynchronousTestCase):
@@ -284,6 +332,13 @@ class NameTests(FileCase):
         ):
             self.assertEqual(names_of(found, name), expected, name)
 
+    def test_without_a_name(self) -> None:
+        certbot(self.path("a.example"), "a.example")
+        certbot(self.path("b.example"), "b.example")
+        context = client_context(check_hostname=False)
+        shown = Link(Certificates(self.folder), context, hostname=None).client.getpeercert()
+        self.assertEqual(shown["subjectAltName"], (("DNS", "a.example"),))
+
     def test_the_folder_itself_comes_first(self) -> None:
         certbot(self.path("a.example"), "a.example")
         certbot(self.folder, "z.example")
@@ -341,6 +396,245 @@ class RefreshTests(FileCase):
         certbot(folder, "new.example.org")
         certificates.refresh()
         self.assertEqual(names_of(certificates, "any"), {"new.example.org"})
+
+    def test_links_of_certbot(self) -> None:
+        """`live` holds links into `archive`, and a renewal sets them one by one."""
+        live = self.path("live", "a.example")
+        os.makedirs(live)
+        for number in (1, 2):
+            certbot(self.path("archive"), "a.example", f"{number}.a.example")
+            for name in ("fullchain", "privkey"):
+                kept = self.path("archive", f"{name}{number}.pem")
+                os.rename(self.path("archive", f"{name}.pem"), kept)
+
+        def link(name: str, number: int) -> None:
+            fresh = os.path.join(live, "fresh")
+            os.symlink(f"../../archive/{name}{number}.pem", fresh)
+            os.rename(fresh, os.path.join(live, f"{name}.pem"))
+
+        link("fullchain", 1)
+        link("privkey", 1)
+        found = Certificates(self.path("live"))
+        self.assertEqual(names_of(found, "a.example"), {"a.example", "1.a.example"})
+        self.patch(certs, "log", mock.Mock())
+        link("privkey", 2)
+        found.refresh()
+        self.assertEqual(names_of(found, "a.example"), {"a.example", "1.a.example"})
+        self.assertTrue(found.refused)
+        link("fullchain", 2)
+        found.refresh()
+        self.assertEqual(names_of(found, "a.example"), {"a.example", "2.a.example"})
+        self.assertFalse(found.refused)
+
+    def test_a_folder_that_was_empty_when_it_was_seen(self) -> None:
+        certbot(self.path("live", "a.example"), "a.example")
+        os.makedirs(self.path("live", "b.example"))
+        found = Certificates(self.path("live"))
+        certbot(self.path("live", "b.example"), "b.example")
+        found.refresh()
+        self.assertEqual(names_of(found, "b.example"), {"b.example"})
+
+    def test_a_change_while_the_files_are_read(self) -> None:
+        """What was read is out of date at once, and the next look notices it."""
+        certbot(self.folder, "old.example")
+        context_of = Certificates._context_of
+
+        def slowly(*args: object) -> SSL.Context:
+            certbot(self.folder, "new.example")
+            return context_of(*args)
+
+        with mock.patch.object(Certificates, "_context_of", slowly):
+            found = Certificates(self.folder)
+        self.assertEqual(names_of(found, "any"), {"old.example"})
+        found.refresh()
+        self.assertEqual(names_of(found, "any"), {"new.example"})
+
+    def test_unchanged_files_are_not_read(self) -> None:
+        certbot(self.folder, "a.example")
+        found = Certificates(self.folder)
+        with mock.patch.object(Certificates, "_read") as read:
+            found.refresh()
+        self.assertEqual(read.call_count, 0)
+
+    def test_a_broken_pair_is_told_of_once_a_day(self) -> None:
+        certbot(self.folder, "a.example")
+        clock = Clock()
+        found = Certificates(self.folder, clock=clock)
+        lines: list[str] = []
+        self.patch(certs.log, "error", lambda text, **fields: lines.append(fields["error"]))
+        whole = self.path("privkey.pem")
+        os.rename(whole, self.path("aside"))
+        for _ in range(3 * 24):
+            found.refresh()
+            clock.advance(hours=1)
+        self.assertEqual(len(lines), 3)
+        os.rename(self.path("aside"), whole)
+        found.refresh()
+        self.assertFalse(found.refused)
+        os.unlink(whole)
+        found.refresh()
+        self.assertEqual(len(lines), 4)
+
+    def test_a_session_goes_on(self) -> None:
+        """With the context of its beginning, while the next is served with another."""
+        certbot(self.folder, "old.example")
+        found = Certificates(self.folder)
+        link = Link(found, client_context(), hostname="old.example")
+        certbot(self.folder, "new.example")
+        found.refresh()
+        self.assertEqual(names_of(found, "any"), {"new.example"})
+        link.client.write(b"NOOP")
+        link.pump()
+        self.assertEqual(link.server.recv(10), b"NOOP")
+        link.server.send(b"+OK")
+        link.pump()
+        self.assertEqual(link.client.read(10), b"+OK")
+
+
+class AgeTests(FileCase):
+    """A certificate that ends soon is a warning, and a figure."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        self.clock = Clock()
+        self.lines: list[str] = []
+        self.patch(certs.log, "warn", self.warn)
+
+    def warn(self, text: str, **fields: object) -> None:
+        self.lines.append(text.format(**fields))
+
+    def read(self, folder: str, days: float, life: float = 200) -> Certificates:
+        ends = self.clock.now + timedelta(days)
+        certbot(folder, "a.example", not_before=ends - timedelta(life), not_after=ends)
+        return Certificates(folder, clock=self.clock)
+
+    def test_21_days_before(self) -> None:
+        found = self.read(self.folder, 21.5)
+        found.refresh()
+        self.assertEqual(self.lines, [])
+        self.clock.advance(days=1)
+        for _ in range(3):
+            found.refresh()
+        self.assertEqual(len(self.lines), 1)
+        self.assertIn("ends in 20 days", self.lines[0])
+        self.assertIn(self.path("fullchain.pem"), self.lines[0])
+        self.clock.advance(days=1)
+        for _ in range(3):
+            found.refresh()
+        self.assertEqual(len(self.lines), 2)
+        self.clock.advance(days=20)
+        found.refresh()
+        self.assertEqual(len(self.lines), 3)
+        self.assertIn("only: renew it", self.lines[2])
+
+    def test_at_the_start(self) -> None:
+        self.read(self.folder, 20)
+        self.assertEqual(len(self.lines), 1)
+
+    def test_a_renewed_one_is_quiet(self) -> None:
+        found = self.read(self.folder, 10)
+        self.read(self.folder, 90)
+        self.lines.clear()
+        self.clock.advance(days=2)
+        found.refresh()
+        self.assertEqual(self.lines, [])
+
+    def test_short_lives(self) -> None:
+        """For 45 days, renewed with 15 left: those of Let's Encrypt from 2028 on."""
+        self.read(self.path("a"), 11, life=45)
+        self.assertEqual(self.lines, [])
+        self.read(self.path("b"), 10, life=45)
+        self.assertEqual(len(self.lines), 1)
+
+    def test_one_that_nobody_is_shown_may_end(self) -> None:
+        for name, days in (("a.example", 5), ("a.example-0001", 80)):
+            ends = self.clock.now + timedelta(days)
+            certbot(self.path(name), "a.example", not_after=ends)
+        first = self.path("0")
+        certbot(first, "first.example")
+        found = Certificates(self.folder, clock=self.clock)
+        self.assertEqual(self.lines, [])
+        self.assertEqual(round((found.ends - self.clock.now) / timedelta(1)), 80)
+
+    def test_figures(self) -> None:
+        ring = Keyring()
+        self.assertIs(ring.seconds_left(), None)
+        for name, days in (("a", 50), ("b", 40)):
+            self.read(self.path(name), days)
+            ring.get(self.path(name))
+        left = ring.seconds_left()
+        self.assertTrue(39.9 < left / 86400 <= 40, left)
+        self.assertEqual(ring.refused(), 0)
+        self.patch(certs.log, "error", lambda text, **fields: None)
+        write(self.path("b", "privkey.pem"), b"half a k")
+        ring.refresh()
+        self.assertEqual(ring.refused(), 1)
+        self.read(self.path("c"), -1)
+        ring.get(self.path("c"))
+        self.assertLess(ring.seconds_left(), 0)
+
+
+class TicketTests(FileCase):
+    """Sessions are resumed by tickets (RFC 5077, RFC 8446 section 2.2)."""
+
+    def setUp(self) -> None:
+        super().setUp()
+        certbot(self.folder, "a.example")
+        self.clock = Clock()
+
+    def resumed(self, found: Certificates, between, after: Certificates | None = None) -> set[bool]:
+        """Whether sessions that began before `between` are resumed after it, in both versions."""
+        seen = []
+        for version in (ssl.TLSVersion.TLSv1_3, ssl.TLSVersion.TLSv1_2):
+            context = client_context(maximum_version=version)
+            first = Link(found, context).client
+            self.assertFalse(first.session_reused)
+            self.assertTrue(first.session.has_ticket)
+            seen.append((context, first.session))
+        between()
+        return {
+            Link(after or found, context, session).client.session_reused
+            for context, session in seen
+        }
+
+    def test_over_a_renewal(self) -> None:
+        found = Certificates(self.folder, clock=self.clock)
+        self.assertEqual(self.resumed(found, lambda: None), {True})
+
+        def renew() -> None:
+            certbot(self.folder, "a.example", "new.example")
+            self.clock.advance(hours=23)
+            found.refresh()
+
+        self.assertEqual(self.resumed(found, renew), {True})
+        self.assertEqual(names_of(found, "any"), {"a.example", "new.example"})
+
+    def test_the_keys_live_a_day(self) -> None:
+        found = Certificates(self.folder, clock=self.clock)
+
+        def wait() -> None:
+            self.clock.advance(hours=24)
+            found.refresh()
+
+        self.assertEqual(self.resumed(found, wait), {False})
+        self.assertEqual(self.resumed(found, lambda: None), {True})
+
+    def test_not_over_a_change_of_the_client_authority(self) -> None:
+        """A client that the new one did not sign must not come in by an old ticket."""
+        path = write(self.path("ca.crt"), AUTHORITY.cert_pem.bytes())
+        found = Certificates(self.folder, client_ca=path, clock=self.clock)
+
+        def change() -> None:
+            write(path, trustme.CA().cert_pem.bytes())
+            found.refresh()
+
+        self.assertEqual(self.resumed(found, lambda: None), {True})
+        self.assertEqual(self.resumed(found, change), {False})
+
+    def test_not_by_another_server(self) -> None:
+        """Keys are made at the start and written nowhere."""
+        found, other = Certificates(self.folder), Certificates(self.folder)
+        self.assertEqual(self.resumed(found, lambda: None, other), {False})
 
 
 class SelfMadeTests(FileCase):
