@@ -141,6 +141,7 @@ class Popdrop(Peer):
 
     key = "popdrop"
     title = "Popdrop"
+    more_options: tuple[str, ...] = ()
 
     def __init__(self, folder: Path, core: int, password: str) -> None:
         super().__init__(folder, core, password)
@@ -202,7 +203,7 @@ class Popdrop(Peer):
             "--cleartext": "always",
             "--throttle": "off",
         }
-        given = [word for pair in options.items() for word in pair]
+        given = [*(word for pair in options.items() for word in pair), *self.more_options]
         command = [*self._twistd(), "-n", "--pidfile=", f"--logfile={self.log}", "popdrop", *given]
         return start(
             command,

@@ -9,13 +9,16 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeVar
 
 from benchmarks.peers import Popdrop
 from benchmarks.process import cores
 
+Server = TypeVar("Server", bound=Popdrop)
+
 
 @contextmanager
-def serving(users: Sequence[str]) -> Iterator[Popdrop]:
+def serving(users: Sequence[str], kind: type[Server] = Popdrop) -> Iterator[Server]:
     """With these accounts, all of one password, and no mail. This process has the other core.
 
     Raises `Failed`, `tools.Missing`.
@@ -24,7 +27,7 @@ def serving(users: Sequence[str]) -> Iterator[Popdrop]:
     allowed = os.sched_getaffinity(0)
     folder = Path(tempfile.mkdtemp(prefix="popdrop-bench-", dir="/var/tmp"))
     folder.chmod(0o755)
-    server = Popdrop(folder, server_core, secrets.token_hex(12))
+    server = kind(folder, server_core, secrets.token_hex(12))
     try:
         server.start(users)
         os.sched_setaffinity(0, {own_core})
