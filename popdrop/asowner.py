@@ -25,16 +25,32 @@ def as_owner(folder: str) -> Iterator[None]:
     if facts is None or facts.st_uid == 0:
         yield
         return
+    with as_user(facts.st_uid, facts.st_gid):
+        yield
+
+
+@contextmanager
+def as_user(uid: int, gid: int) -> Iterator[None]:
+    """Have the rights to files of `uid` and `gid` meanwhile, in this thread only.
+
+    The supplementary groups stay those of the process. Raises `PermissionError` where the system
+    does not allow it; then nothing has been done with other rights than these.
+    """
     libc = ctypes.CDLL(None)
-    group, user = libc.setfsgid(facts.st_gid), libc.setfsuid(facts.st_uid)
+    group, user = libc.setfsgid(gid), libc.setfsuid(uid)
     try:
         # They report no error; asked for an id that there is not, they tell what holds.
-        if libc.setfsuid(-1) != facts.st_uid:
-            raise PermissionError(1, "cannot take the rights of the folder's owner", folder)
+        if libc.setfsuid(-1) != _as_int(uid) or libc.setfsgid(-1) != _as_int(gid):
+            raise PermissionError(1, f"cannot take the rights of uid {uid}, gid {gid}")
         yield
     finally:
         libc.setfsuid(user)
         libc.setfsgid(group)
+
+
+def _as_int(number: int) -> int:
+    # What a C function that returns `int` makes of a uid_t.
+    return ctypes.c_int(number).value
 
 
 def give(path: str, uid: int, gid: int) -> None:

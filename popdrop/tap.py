@@ -50,6 +50,7 @@ from popdrop.asowner import give
 from popdrop.demo import Demo
 from popdrop.errors import ConfigError
 from popdrop.factory import POP3Factory
+from popdrop.handing import OPENER
 from popdrop.interfaces import (
     IAccounts,
     IBearerToken,
@@ -553,6 +554,8 @@ class Popdrop(Service):
             kinds = ", ".join(sorted(factories)) or "none: is Popdrop installed?"
             raise ConfigError(f"--store {text}: no such kind; known are: {kinds}")
         store = factory.make(self._reactor, self.state_dir, *spec.args, **spec.kwargs)
+        if getattr(store, "opening", "direct") != "direct":
+            self._let_helper_open(store)
         self._store_folders = getattr(store, "folders", ())
         if IBlockingStore.providedBy(store):
             self._tidy = store.tidy
@@ -563,6 +566,29 @@ class Popdrop(Service):
                 self._options["lock-timeout"],
             )
         return cast("IStore", store)
+
+    def _let_helper_open(self, store: Any) -> None:
+        """`open=helper`: have the helper open the spools that the server has no right to."""
+        option = f"--store mbox:{store.template}:open={store.opening}"
+        if os.geteuid() != 0:
+            raise ConfigError(
+                f"{option}: the helper needs root's rights; start as root, by twistd --uid popdrop"
+                " --gid mail, or leave it out"
+            )
+        anybody = store.opening == "helper-all"
+        for text in self._options["auth"] or ["accounts:"]:
+            if not anybody and text.partition(":")[0] != "helper":
+                raise ConfigError(
+                    f"{option}: the helper opens spools for logins that it has verified itself, and"
+                    f" not those of --auth {text.partition(':')[0]}; use --auth helper:... only, or"
+                    " open=helper-all"
+                )
+        if self._helper is None:
+            self._helper = helperclient.HelperProcess([])
+        self._helper.spool_rules = helperclient.SpoolRules(
+            OPENER, store.template, store.owner, self._options["min-uid"], anybody
+        )
+        store.opener = self._helper.open_spool
 
     def _refuse_root(self) -> None:
         """Root serves strangers only after twistd has given the rights away (decision 18)."""

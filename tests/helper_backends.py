@@ -79,8 +79,21 @@ class ReadsFile:
         return Account(credentials.username)
 
 
+@implementer(IBackend)
+class Numbered:
+    """`uN` is the user with uid N, and the name backwards the password."""
+
+    kinds = frozenset({"password"})
+
+    def check(self, credentials: Any) -> Account:
+        name = credentials.username
+        if credentials.password != name[::-1]:
+            raise BadCredentials(FAILED)
+        return Account(name, uid=int(name[1:]), disabled=name.endswith(b"9999"))
+
+
 def make(option: str, text: str) -> object:
-    """`words:FOLDER`, `password:FOLDER`, `reads:FILE`, `wrong:`; `None` for any other."""
+    """`words:FOLDER`, `password:FOLDER`, `reads:FILE`, `numbered:`, `wrong:`; else `None`."""
     kind, _, argument = text.partition(":")
     if kind == "words":
         return Words(argument, frozenset({"password", "apop"}))
@@ -88,6 +101,8 @@ def make(option: str, text: str) -> object:
         return Words(argument, frozenset({"password"}))
     if kind == "reads":
         return ReadsFile(argument)
+    if kind == "numbered":
+        return Numbered()
     if kind == "wrong":
         raise ConfigError(f"{option} {text}: that is wrong")
     return None

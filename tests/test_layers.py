@@ -49,6 +49,8 @@ _TABLE = """
 0   errors listing values places asowner inherited notify accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot
+3   accounts.helperspools handing
+2   accounts.spoolslot
 4   accounts.helper
 3   accounts.doorman
 2   accounts.pace

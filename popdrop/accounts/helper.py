@@ -26,6 +26,7 @@ from typing import Any, Final, cast
 
 from popdrop.accounts import supervisor
 from popdrop.accounts.doorman import Doorman
+from popdrop.accounts.helperspools import Met, Spools
 from popdrop.accounts.helperwire import (
     LONGEST,
     Answer,
@@ -67,9 +68,10 @@ waits for 35. When all threads are in that state the helper ends, and a new one 
 class Checks:
     """Threads that ask the backends and send the answers."""
 
-    def __init__(self, backends: list[IBackend], pace: Pace) -> None:
+    def __init__(self, backends: list[IBackend], pace: Pace, met: Met) -> None:
         self._backends = backends
         self._pace = pace
+        self._met = met
         self._queue: SimpleQueue[tuple[Request, socket.socket]] = SimpleQueue()
         self._guard = threading.Lock()
         self._threads = 0
@@ -104,6 +106,8 @@ class Checks:
                 self._since[me] = time.monotonic()
             answer = checked(self._backends[request.source], request)
             self._pace.end(counted(request.name), answer.kind)
+            if answer.account is not None:
+                self._met.note(slot, answer.account)
             send(slot, encode_answer(answer))
             with self._guard:
                 del self._since[me]
@@ -180,15 +184,17 @@ class Helper:
         self._config = config
         self._sources = len(backends)
         self._pace = Pace()
-        self._checks = Checks(backends, self._pace)
+        self._met = Met()
+        self._checks = Checks(backends, self._pace, self._met)
         self._selector = selectors.DefaultSelector()
         self._late: list[tuple[float, int, Request, socket.socket]] = []
         self._order = 0
         self._open = 0
         # The most that a record may have and one octet, by which a longer one is known.
         self._buffer = bytearray(LONGEST + 1)
-        for number in config["slots"]:
-            slot = socket.socket(fileno=number)
+        slots = [socket.socket(fileno=number) for number in config["slots"]]
+        Spools(config, slots, self._met).start()
+        for slot in slots:
             self._selector.register(slot, selectors.EVENT_READ, self._request)
             self._open += 1
             send(slot, encode_hello(Hello(os.getpid(), os.geteuid())))

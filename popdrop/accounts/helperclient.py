@@ -16,7 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Final
 
 from twisted.cred.checkers import ICredentialsChecker
@@ -44,6 +44,7 @@ from popdrop.accounts.helperwire import (
     decode_reply,
     encode_down,
 )
+from popdrop.accounts.spoolslot import CHANNELS, SpoolSlot
 from popdrop.credentials import FAILED, acceptable_name
 from popdrop.errors import (
     BadCredentials,
@@ -87,6 +88,22 @@ class SelfService:
     database: str
     key: str | None
     min_uid: int
+
+
+@dataclass(frozen=True, slots=True)
+class SpoolRules:
+    """Which spools the helper opens for this process (`open=helper`), and how.
+
+    `opener` is the function that makes what opens them, as `module:name`; it is given `template`,
+    the path of `--store`, `owner`, the system account whose they all are or `None`, and `min_uid`,
+    the lowest uid. `anybody`: also for names whose login the helper has not verified.
+    """
+
+    opener: str
+    template: str
+    owner: str | None
+    min_uid: int
+    anybody: bool = False
 
 
 @implementer(ICredentialsChecker)
@@ -169,6 +186,7 @@ class HelperProcess:
         self._child: subprocess.Popen[bytes] | None = None
         self._lifeline: socket.socket | None = None
         self._listener: socket.socket | None = None
+        self.spool_rules: SpoolRules | None = None
         self.slots: list[Slot] = []
         self.current: Slot | None = None
         self.kinds = self._describe()
@@ -192,6 +210,13 @@ class HelperProcess:
         if self.current is None:
             return fail(TemporaryFailure(NOT_NOW, "the helper has not been started"))
         return self.current.ask(request)
+
+    def open_spool(self, name: bytes) -> int | None:
+        """As `SpoolSlot.open`, over the slot of this process; from any thread but the reactor's."""
+        slot = self.current
+        if slot is None or slot.spools is None:
+            raise TemporaryFailure(NOT_NOW, "there is no helper that opens spools")
+        return slot.spools.open(name)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -237,8 +262,9 @@ class HelperProcess:
         `uid` and `gid` are those that this process is going to have: the accounts are theirs.
         """
         pairs: list[tuple[socket.socket, socket.socket]] = []
+        each = 0 if self.spool_rules is None else CHANNELS
         try:
-            for _ in range(self._count + 1):
+            for _ in range(1 + self._count * (1 + each)):
                 pairs.append(socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
             self._listener = self._listen()
             self._spawn([there for _, there in pairs], uid, gid)
@@ -253,12 +279,16 @@ class HelperProcess:
                 self._listener.close()
                 self._listener = None
         self._lifeline = pairs[0][0]
-        connections = [here for here, _ in pairs[1:]]
+        ends = [here for here, _ in pairs[1:]]
+        connections, channels = ends[: self._count], ends[self._count :]
         try:
-            self.slots = [Slot(each, _await_hello(each)) for each in connections]
+            self.slots = [
+                Slot(connection, _await_hello(connection), _spools(channels, place, each))
+                for place, connection in enumerate(connections)
+            ]
         except BaseException:
-            for connection in connections:
-                connection.close()
+            for end in ends:
+                end.close()
             self.end_now()
             raise
         for connection in connections:
@@ -282,12 +312,15 @@ class HelperProcess:
                 "min_uid": self._self_service.min_uid,
                 "owner": [uid, gid],
             }
+        rules = self.spool_rules
         config = {
             **self._config(),
+            "spools": None if rules is None else asdict(rules),
             "path": _safe_path(_module_path(), uid),
             "parent": os.getpid(),
             "lifeline": ends[0].fileno(),
-            "slots": [end.fileno() for end in ends[1:]],
+            "slots": [end.fileno() for end in ends[1 : 1 + self._count]],
+            "channels": [end.fileno() for end in ends[1 + self._count :]],
             "listeners": listeners,
             # Up to the field with the reason, which the supervisor fills in.
             "down": bytes(encode_down(Down(""))[:-2]).hex(),
@@ -394,6 +427,11 @@ def _safe_path(path: list[str], uid: int) -> list[str]:
                 folder=entry,
             )
     return safe
+
+
+def _spools(channels: list[socket.socket], place: int, each: int) -> SpoolSlot | None:
+    """Those of the slot at `place`: the helper counts in the same way."""
+    return SpoolSlot(channels[place * each : (place + 1) * each]) if each else None
 
 
 def _await_hello(connection: socket.socket) -> Hello:

@@ -25,6 +25,7 @@ from popdrop.accounts.helperwire import (
     encode_request,
     wipe,
 )
+from popdrop.accounts.spoolslot import SpoolSlot
 from popdrop.errors import TemporaryFailure
 
 log = Logger()
@@ -42,13 +43,17 @@ class Slot:
     """One connection to the helper, whichever helper serves it at the time.
 
     Calls are told apart by numbers; an answer that nobody waits for any more is dropped. `hello` is
-    what the helper that serves now has said of itself.
+    what the helper that serves now has said of itself. `spools` are the connections over which it
+    passes spools to this process; they end with this one.
     """
 
     patience = ANSWER_SECONDS
 
-    def __init__(self, connection: socket.socket, hello: Hello) -> None:
+    def __init__(
+        self, connection: socket.socket, hello: Hello, spools: SpoolSlot | None = None
+    ) -> None:
         self._socket = connection
+        self.spools = spools
         self.hello = hello
         self._reactor: Any = None
         self._next = secrets.randbits(63)
@@ -188,4 +193,6 @@ class Slot:
             self._reactor.removeReader(self)
             self._reactor.removeWriter(self)
         self._socket.close()
+        if self.spools is not None:
+            self.spools.close()
         self._fail(list(self._waiting), why)

@@ -50,10 +50,11 @@ class Malformed(Exception):
 
 
 class Kind(IntEnum):
-    """Types of messages. Those of descriptor passing (`open=helper`) will be 3 and 0x88."""
+    """Types of messages."""
 
     PASSWORD = 1
     APOP = 2
+    OPEN = 3
     HAS = 0x40
     SET = 0x41
     GOOD = 0x80
@@ -62,6 +63,8 @@ class Kind(IntEnum):
     BAD = 0x83
     TEMPORARY = 0x84
     PERMANENT = 0x85
+    HANDED = 0x88
+    MISSING = 0x89
     HAS_REPLY = 0xC0
     DONE = 0xC1
     WRONG = 0xC2
@@ -84,6 +87,7 @@ _DETAIL: Final[Bounds] = ((0, DETAIL_OCTETS),)
 _SHAPES: Final[dict[int, Bounds]] = {
     Kind.PASSWORD: (_NAME, _WORDS),
     Kind.APOP: (_NAME, (DIGEST_OCTETS, DIGEST_OCTETS), (1, CHALLENGE_OCTETS)),
+    Kind.OPEN: (_NAME,),
     # Self-service: an old secret is given or not, so there is an octet that says which.
     Kind.HAS: (),
     Kind.SET: ((0, 1), _WORDS, (1, SECRET_OCTETS)),
@@ -97,6 +101,8 @@ _SHAPES: Final[dict[int, Bounds]] = {
     Kind.BAD: _DETAIL,
     Kind.TEMPORARY: _DETAIL,
     Kind.PERMANENT: _DETAIL,
+    Kind.HANDED: (),
+    Kind.MISSING: (),
     Kind.HAS_REPLY: ((1, 1),),
     Kind.DONE: (),
     Kind.WRONG: (),
@@ -121,6 +127,9 @@ ANSWERS: Final = frozenset(
     }
 )
 NOTICES: Final = frozenset({Kind.HELLO, Kind.DOWN})
+OPENINGS: Final = frozenset({Kind.OPEN})
+OPENED: Final = frozenset({Kind.HANDED, Kind.MISSING, Kind.TEMPORARY, Kind.PERMANENT})
+"""Over connections of their own: a login never carries a descriptor."""
 SELF_REQUESTS: Final = frozenset({Kind.HAS, Kind.SET})
 SELF_ANSWERS: Final = frozenset(
     {
@@ -157,6 +166,26 @@ class Answer:
     kind: Kind
     number: int
     account: Account | None = None
+    detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Opening:
+    """Whose spool is to be opened: a canonical name. Where it lies, the helper knows itself."""
+
+    number: int
+    name: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class Opened:
+    """What became of opening `number`. With `HANDED` comes a descriptor; `detail` is for the log.
+
+    `MISSING`: there is no spool, which is an empty maildrop.
+    """
+
+    kind: Kind
+    number: int
     detail: str = ""
 
 
@@ -263,6 +292,31 @@ def encode_hello(hello: Hello) -> bytearray:
 def encode_down(down: Down) -> bytearray:
     """The record that the supervisor sends when a helper has ended."""
     return _packed(Kind.DOWN, 0, 0, [_words(down.reason, 40)])
+
+
+def encode_opening(opening: Opening) -> bytearray:
+    """The record. Raises `ValueError` for a name that is too long or empty."""
+    return _packed(Kind.OPEN, 0, opening.number, [opening.name])
+
+
+def decode_opening(record: bytes | bytearray) -> Opening:
+    """Raises `Malformed`."""
+    _, _, number, fields = _unpacked(record, OPENINGS)
+    return Opening(number, fields[0])
+
+
+def encode_opened(opened: Opened) -> bytearray:
+    """The record."""
+    fields = [_words(opened.detail, DETAIL_OCTETS)] if _SHAPES[opened.kind] else []
+    return _packed(opened.kind, 0, opened.number, fields)
+
+
+def decode_opened(record: bytes | bytearray) -> Opened | Down:
+    """Raises `Malformed`."""
+    kind, _, number, fields = _unpacked(record, OPENED | {Kind.DOWN})
+    if kind is Kind.DOWN:
+        return Down(_text(fields[0]))
+    return Opened(kind, number, _text(fields[0]) if fields else "")
 
 
 def encode_self_request(request: SelfRequest) -> bytearray:

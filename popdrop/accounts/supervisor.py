@@ -138,8 +138,9 @@ class Supervisor:
         self._text = text
         self._down: bytes = bytes.fromhex(config["down"])
         self._lifeline = socket.socket(fileno=config["lifeline"])
-        self._slots = [socket.socket(fileno=number) for number in config["slots"]]
-        self._handed = [*config["slots"], *config["listeners"]]
+        ends = [*config["slots"], *config["channels"]]
+        self._slots = [socket.socket(fileno=number) for number in ends]
+        self._handed = [*ends, *config["listeners"]]
         for number in self._handed:
             os.set_inheritable(number, True)
         os.set_inheritable(config["lifeline"], False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import stat
 import time
@@ -141,6 +142,21 @@ def open_spool(path: str, uids: frozenset[int] | None) -> Spool | None:
         _check(path, spool.opened, uids)
     except BaseException:
         spool.close()
+        raise
+    return spool
+
+
+def take_spool(fd: int, path: str, uids: frozenset[int] | None) -> Spool:
+    """The spool at `path` that another process has opened as `fd`, which is closed on an error.
+
+    It is looked at as by `open_spool`. Raises as that does.
+    """
+    try:
+        writable = fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_RDWR
+        spool = Spool(fd, path, writable)
+        _check(path, spool.opened, uids)
+    except BaseException:
+        os.close(fd)
         raise
     return spool
 

@@ -9,7 +9,7 @@ import os
 import pwd
 import re
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Final
 
@@ -27,13 +27,16 @@ from popdrop.stores.mbox.kinds import FORMS, Form
 from popdrop.stores.mbox.locks import KINDS, DotLock, SessionLock, SpoolLocks, hold, sweep
 from popdrop.stores.mbox.recent import Recent
 from popdrop.stores.mbox.recovery import MboxForm
-from popdrop.stores.mbox.spool import Spool, key_of, open_spool
+from popdrop.stores.mbox.spool import NO_RIGHT, Spool, key_of, open_spool, take_spool
 from popdrop.stores.template import Template
 from popdrop.stores.uidl import STRIPPED
 from popdrop.stores.uidlform import HASH_ONLY, UidlForm
 from popdrop.values import Owner
 
 log = Logger()
+
+OPENINGS: Final = ("direct", "helper", "helper-all")
+"""Values of `open=`: nobody; the privileged helper, those whose login it has verified; or all."""
 
 
 def recover(
@@ -73,7 +76,11 @@ class MboxStore:
     stored) bound a maildrop, 0 does not. `bare_cr`: `space` sends a CR that ends no line as a
     blank. `journal_dir` is a folder for journals that cannot be made beside their spools; then, or
     without it, they lie in `state_dir`/journal. `uidl` is that of `UidlForm`. `update_status`
-    writes `Status: RO` to what was retrieved, and needs `strip_headers`. Raises `ConfigError`.
+    writes `Status: RO` to what was retrieved, and needs `strip_headers`. `opening` is one of
+    `OPENINGS`: who opens a spool that this process has no right to. Raises `ConfigError`.
+
+    `opener` is then set by who makes the store: it blocks, takes the octets of a canonical name,
+    and gives a descriptor or `None` for a spool that is not there. It raises the two failures.
     """
 
     def __init__(
@@ -90,6 +97,7 @@ class MboxStore:
         journal_dir: str = "",
         uidl: str = HASH_ONLY,
         update_status: bool = False,
+        opening: str = "direct",
     ) -> None:
         if kind not in FORMS:
             raise ConfigError(f"kind={kind}: must be {_or(FORMS)}")
@@ -110,6 +118,17 @@ class MboxStore:
         if bare_cr not in ("keep", "space"):
             raise ConfigError(f"bare-cr={bare_cr}: must be keep or space")
         self.spaced = bare_cr == "space"
+        if opening not in OPENINGS:
+            raise ConfigError(f"open={opening}: must be {_or(OPENINGS)}")
+        if opening != "direct" and (owner == "any" or "{home}" in template):
+            what = "owner=any" if owner == "any" else "{home}"
+            raise ConfigError(
+                f"open={opening}: not with {what}: the helper opens a spool for one user, in a"
+                " folder that the server may write to; name both, as mbox:/var/mail/{user}"
+            )
+        self.opening = opening
+        self.template, self.owner = template, owner
+        self.opener: Callable[[bytes], int | None] | None = None
         self.max_messages = max_messages
         self.max_octets = max_octets
         self.recent = Recent()
@@ -127,7 +146,7 @@ class MboxStore:
             session = self._hold(path)
             spool = None
             try:
-                spool = open_spool(path, self._uids(owner))
+                spool = self._spool(path, owner)
                 # A spool that is as this process has seen it needs no look at its journal: it
                 # would have been forgotten if an update of ours had failed, and over another
                 # process's journal nothing is written.
@@ -139,6 +158,23 @@ class MboxStore:
                     spool.close()
                 session.release()
                 raise
+
+    def _spool(self, path: str, owner: Owner) -> Spool | None:
+        """Opened by ourselves where we may write it, else by `opener`; `None` if there is none."""
+        uids = self._uids(owner)
+        if self.opener is None:
+            return open_spool(path, uids)
+        try:
+            spool = open_spool(path, uids)
+        except OSError as error:
+            if error.errno not in NO_RIGHT:
+                raise
+        else:
+            if spool is None or spool.writable:
+                return spool
+            spool.close()
+        fd = self.opener(owner.user.encode("utf-8"))
+        return None if fd is None else take_spool(fd, path, uids)
 
     def _recover(self, path: str, spool: Spool | None) -> None:
         """Under the session lock: end what a crash has left unfinished, if anything was."""
@@ -251,6 +287,10 @@ class MboxStore:
         except Busy:
             return  # whoever has it has seen to it, or the next login will
         except PopdropError as error:
+            if self.opener is not None:
+                # Who is to be asked for is known at his login only.
+                log.warn("{path}: waits for its user's login", path=leftover.path)
+                return
             log.error("{path}: {detail}", path=leftover.path, detail=error.detail or error.text)
 
     def _hold(self, path: str) -> SessionLock:
@@ -286,7 +326,8 @@ class MboxFactory:
         "uidl=x-uidl|x-uid|hash (unique-ids of the old server, in header fields), "
         "update-status=yes|no (no: Status fields are left alone), "
         "max-messages=N, max-octets=N (0, the default: no limit), journal-dir=FOLDER (for journals "
-        "that find no space beside the spool)."
+        "that find no space beside the spool), open=direct|helper|helper-all (who opens spools of "
+        "mode 0600: nobody, or the privileged helper)."
     )
     keywords: Final = (
         "kind",
@@ -299,6 +340,7 @@ class MboxFactory:
         "max-messages",
         "max-octets",
         "journal-dir",
+        "open",
     )
 
     def make(self, reactor: object, state_dir: str, *args: str, **kwargs: str) -> MboxStore:
@@ -322,6 +364,7 @@ class MboxFactory:
             max_octets=_count("max-octets", kwargs),
             bare_cr=kwargs.get("bare-cr", "keep"),
             journal_dir=kwargs.get("journal-dir", ""),
+            opening=kwargs.get("open", "direct"),
         )
 
 
