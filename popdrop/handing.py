@@ -8,7 +8,8 @@ from __future__ import annotations
 import errno
 import os
 import pwd
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Final
 
 from popdrop.asowner import as_user
@@ -19,6 +20,7 @@ from popdrop.values import Owner
 
 OPENER: Final = f"{__name__}:opener"
 _LASTING: Final = NO_RIGHT | {errno.ELOOP, errno.ENXIO, errno.ENOTDIR, errno.ENAMETOOLONG}
+_FOLDER: Final = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 _NOT: Final = "maildrop cannot be opened"
 
 
@@ -33,6 +35,7 @@ def opener(
     `TemporaryFailure`.
     """
     places = Template(template)
+    fixed = os.path.dirname(template[: template.index("{")])
 
     def open_for(name: bytes, uid: int | None, gid: int | None) -> int | None:
         if owner is not None and owner.isdecimal():
@@ -49,8 +52,8 @@ def opener(
         user = name.decode("utf-8")
         path = places.path(Owner(user, user.rpartition("@")[2] if "@" in user else "", None, uid))
         try:
-            with as_user(uid, gid):
-                spool = open_spool(path, frozenset({uid}))
+            with as_user(uid, gid), _opened(fixed, path) as folder:
+                spool = open_spool(path, frozenset({uid}), folder)
         except OSError as error:
             code = errno.errorcode.get(error.errno or 0, "?")
             kind = PermanentFailure if error.errno in _LASTING else TemporaryFailure
@@ -58,6 +61,24 @@ def opener(
         return None if spool is None else spool.fd
 
     return open_for
+
+
+@contextmanager
+def _opened(fixed: str, path: str) -> Iterator[int]:
+    """A descriptor of the folder of `path`. Raises `OSError`.
+
+    No link is followed below `fixed`, the folder that the template names: the server may write to
+    it, and one that was taken over would lead us to any file of the user's.
+    """
+    folder = os.open(fixed, _FOLDER)
+    try:
+        for name in os.path.dirname(path)[len(fixed) :].split("/"):
+            if name:
+                above, folder = folder, os.open(name, _FOLDER | os.O_NOFOLLOW, dir_fd=folder)
+                os.close(above)
+        yield folder
+    finally:
+        os.close(folder)
 
 
 def _ids(name: str) -> tuple[int, int]:

@@ -36,6 +36,7 @@ from popdrop.handing import OPENER, opener
 from popdrop.stores.mbox.store import MboxFactory
 from popdrop.values import Account
 from tests.end_to_end.harness import DEADLINE
+from tests.end_to_end.test_open_helper import stop
 from tests.helper_backends import REGISTRY
 
 ROOT = os.geteuid() == 0
@@ -183,6 +184,35 @@ class OpenerTests(SynchronousTestCase):
         for owner, name, uid in ((None, b"bob", UIDS[0]), (str(UIDS[0]), b"bob", None)):
             if uid or ROOT:
                 self.assertIsNone(opener(path, owner, 11)(name, uid, None))
+
+    def test_links_below_the_folder_of_the_template(self) -> None:
+        """Group mail may put them there; above it they are the administrator's."""
+        home = Path(tempfile.mkdtemp(prefix="popdrop-test-"))
+        self.addCleanup(shutil.rmtree, home)
+        home.chmod(0o711)
+        for folder in ("real", "real/bob", "private"):
+            (home / folder).mkdir(mode=0o711)
+        (home / "mail").symlink_to("real")
+        for folder, words in (("real/bob", b"mail"), ("private", b"no mail")):
+            path = home / folder / "mbox"
+            path.write_bytes(words)
+            path.chmod(0o600)
+            if ROOT:
+                os.chown(path, UIDS[0], UIDS[0])
+        handed = opener(f"{home}/mail/{{user}}/mbox", None, 11)
+        before = descriptors()
+        fd = handed(b"bob", UIDS[0], None)
+        assert fd is not None
+        self.assertEqual(os.pread(fd, 100, 0), b"mail")
+        os.close(fd)
+        (home / "real" / "bob" / "mbox").unlink()
+        self.assertIsNone(handed(b"bob", UIDS[0], None))
+        (home / "real" / "bob").rmdir()
+        self.assertRaises(TemporaryFailure, handed, b"bob", UIDS[0], None)
+        (home / "real" / "bob").symlink_to(home / "private")
+        error = self.assertRaises(PermanentFailure, handed, b"bob", UIDS[0], None)
+        self.assertIn("ENOTDIR", error.detail)
+        self.assertEqual(descriptors(), before)
 
 
 class ProcessCase(TestCase):
@@ -397,7 +427,7 @@ class EndingTests(ProcessCase):
         before = self.helper
         await self.login(self.names[0])
         await self.content(self.names[0])
-        os.kill(before, signal.SIGSTOP)
+        stop(before)
         waiting = self.open(self.names[0])
         await self.sent()
         os.kill(before, signal.SIGKILL)
@@ -431,7 +461,7 @@ class EndingTests(ProcessCase):
             await self.login(name)
         await self.content(self.names[0])
         ours = descriptors()
-        os.kill(self.helper, signal.SIGSTOP)
+        stop(self.helper)
         self.slot.patience = 0.05
         for _ in range(2 * CHANNELS):
             error = await self.fails(self.names[0], TemporaryFailure)
@@ -490,7 +520,7 @@ class EndingTests(ProcessCase):
         before = descriptors()
         process = self.start(anybody=True)
         await self.login(self.names[0])
-        os.kill(self.helper, signal.SIGSTOP)
+        stop(self.helper)
         waiting = self.open(self.names[0])
         await self.sent()
         slot, helper = self.slot, self.helper

@@ -11,6 +11,7 @@ import stat
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
@@ -43,6 +44,16 @@ Files.ftruncate = staticmethod(lambda fd, size: os._exit(9))
 drop.commit([0])
 """
 """A server that ends after the journal and before the spool is cut."""
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and wait until all of its threads are."""
+    os.kill(pid, signal.SIGSTOP)
+    while True:
+        tasks = Path(f"/proc/{pid}/task").glob("*/status")
+        if all("\nState:\tT" in task.read_text() for task in tasks):
+            return
+        time.sleep(0.01)
 
 
 class Server(Twistd):
@@ -208,7 +219,7 @@ class OpenHelperTests(SynchronousTestCase):
         if server is None:
             return
         client = self.login(server, "u70001")
-        os.kill(server.helper, signal.SIGSTOP)
+        stop(server.helper)
         waiting = server.client()
         self.addCleanup(waiting.close)
         waiting.user("u70002")

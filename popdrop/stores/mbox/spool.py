@@ -115,28 +115,32 @@ class Spool:
                 os.close(fd)
 
 
-def open_spool(path: str, uids: frozenset[int] | None) -> Spool | None:
+def open_spool(path: str, uids: frozenset[int] | None, folder: int | None = None) -> Spool | None:
     """Open a spool to be read and, where the rights allow it, written; `None` if there is none.
 
     Only a regular file under one name, owned by one of `uids` (`None`: by anybody), so that
-    nobody is led to another's mail (CVE-2008-1199, CVE-2010-2023). Raises `PermanentFailure` for
-    anything else, `OSError` where the system refuses.
+    nobody is led to another's mail (CVE-2008-1199, CVE-2010-2023). `folder` is a descriptor of the
+    folder of `path`, where that is to be taken whatever the path leads to. Raises
+    `PermanentFailure` for anything else, `OSError` where the system refuses.
     """
+    name = path if folder is None else os.path.basename(path)
+    within = {} if folder is None else {"dir_fd": folder}
     try:
         # Before it is opened: to open a device may do something.
-        _check(path, os.lstat(path), uids)
+        _check(path, os.lstat(name, **within), uids)
     except FileNotFoundError:
         # No file is no mail. No folder is a wrong template or a missing mount, and clients forget
         # what they have seen when they are shown an empty maildrop.
-        os.lstat(os.path.dirname(path))
+        if folder is None:
+            os.lstat(os.path.dirname(path))
         return None
     flags = os.O_NOFOLLOW | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd, writable = os.open(path, flags | os.O_RDWR), True
+        fd, writable = os.open(name, flags | os.O_RDWR, **within), True
     except OSError as error:
         if error.errno not in NO_RIGHT:
             raise
-        fd, writable = os.open(path, flags | os.O_RDONLY), False
+        fd, writable = os.open(name, flags | os.O_RDONLY, **within), False
     spool = Spool(fd, path, writable)
     try:
         _check(path, spool.opened, uids)
