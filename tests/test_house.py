@@ -24,6 +24,12 @@ LONG_MODULE = 400
 LONG_FUNCTION = 60
 """Lines of a function with its decorators, without its docstring."""
 
+TOP_LEVEL = frozenset(
+    ("CHANGES.md", "CONTRIBUTING.md", "LICENSE", "README.md", "pyproject.toml")
+    + ("benchmarks", "contrib", "docs", "newsfragments", "popdrop", "tests", "twisted")
+)
+"""All that stands at the top; what .gitignore and a leading dot hide aside."""
+
 Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
@@ -187,6 +193,18 @@ class RuleTests(SynchronousTestCase):
 
 class HouseTests(SynchronousTestCase):
     """The project keeps the rules."""
+
+    def test_nothing_else_at_the_top(self) -> None:
+        """Whatever a tool or a test has left there would be committed with the next change."""
+        ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+        strange = [
+            path.name
+            for path in ROOT.iterdir()
+            if path.name not in TOP_LEVEL
+            and not path.name.startswith(".")
+            and not any(fnmatch.fnmatch(path.name, pattern) for pattern in ignored)
+        ]
+        self.assertEqual(strange, [])
 
     def test_long_modules_say_why(self) -> None:
         found = sources("popdrop", "benchmarks", "twisted")
