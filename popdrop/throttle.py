@@ -18,6 +18,7 @@ in lower case.
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Callable, Generator
 from functools import lru_cache
@@ -276,7 +277,7 @@ class _Ticket(_Ready):
 
 
 @implementer(IThrottle)
-class Throttle:
+class Throttle(ABC):
     """The rules, over counts that are kept somewhere else."""
 
     floor: float = FLOOR
@@ -307,21 +308,26 @@ class Throttle:
         self._users = users
         self._known = known
 
+    @abstractmethod
     def hand_over(self, uid: int, gid: int) -> None:
         """Give a file that root made to another user; -1 for `gid` leaves it."""
 
+    @abstractmethod
     def close(self) -> None:
         """Let go of the counts. Idempotent."""
 
     @property
+    @abstractmethod
     def _connected(self) -> int:
-        raise NotImplementedError
+        """Connections in all."""
 
+    @abstractmethod
     def _come(self) -> None:
-        raise NotImplementedError
+        """One more."""
 
+    @abstractmethod
     def _go(self) -> None:
-        raise NotImplementedError
+        """One less."""
 
     def admit(self, peer: IAddress) -> bool:
         if self._connected >= self._total:
@@ -511,6 +517,12 @@ class Memory(Throttle):
             users=_Counts(numbers.tracked, numbers.fade),
             known=_Times(numbers.tracked),
         )
+
+    def hand_over(self, uid: int, gid: int) -> None:
+        """There is no file to give away."""
+
+    def close(self) -> None:
+        """There is nothing to let go of."""
 
     def _come(self) -> None:
         self._connected += 1
