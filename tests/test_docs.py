@@ -7,7 +7,6 @@ NAME` or `<!-- test: NAME -->`, are run.
 from __future__ import annotations
 
 import os
-import queue
 import re
 import shlex
 import shutil
@@ -15,7 +14,6 @@ import subprocess
 import sys
 import tempfile
 import textwrap
-import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -293,20 +291,7 @@ class Documented(Twistd):
     """`twistd` as a document has it, but on free ports."""
 
     def __init__(self, case: SynchronousTestCase, words: list[str], folder: Path) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, "-c", ANY_PORT, *words],
-            cwd=folder,
-            env=environment(folder),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        case.addCleanup(self.stop)
-        self._lines = queue.Queue()
-        self.log = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.begin(case, [sys.executable, "-c", ANY_PORT, *words], folder)
 
 
 def need_curl() -> None:

@@ -102,10 +102,20 @@ class Twistd:
         more = {} if preload is None else {"LD_PRELOAD": str(preload)}
         more |= variables or {}
         listeners = listen or ("tcp:0:interface=127.0.0.1",)
+        self.begin(case, command(folder, *options, listen=listeners), folder.path, more)
+        told = [
+            self.wait_for(r"POP3 on \S+ port (\d+)|POP3 on (?:haproxy:)?unix:") for _ in listeners
+        ]
+        self.ports = [int(match[1] or 0) for match in told]
+
+    def begin(
+        self, case: object, words: list[str], folder: Path, more: dict[str, str] | None = None
+    ) -> None:
+        """Start `words` in `folder` and read what it says; the case ends it."""
         self.process = subprocess.Popen(
-            command(folder, *options, listen=listeners),
-            cwd=folder.path,
-            env=environment(folder.path) | more,
+            words,
+            cwd=folder,
+            env=environment(folder) | (more or {}),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -116,10 +126,6 @@ class Twistd:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
-        told = [
-            self.wait_for(r"POP3 on \S+ port (\d+)|POP3 on (?:haproxy:)?unix:") for _ in listeners
-        ]
-        self.ports = [int(match[1] or 0) for match in told]
 
     def _read(self) -> None:
         assert self.process.stdout is not None

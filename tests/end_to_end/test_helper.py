@@ -6,19 +6,16 @@ import contextlib
 import os
 import poplib
 import pwd
-import queue
 import re
 import select
 import shutil
 import signal
-import subprocess
 import sys
-import threading
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from tests.end_to_end.harness import DEADLINE, Folder, Twistd, environment, mail
+from tests.end_to_end.harness import DEADLINE, Folder, Twistd, mail
 
 PLAIN = "from twisted.scripts.twistd import run; run()"
 RUN = """
@@ -51,20 +48,7 @@ class Helped(Twistd):
         if trace:
             # Detached, so that the child is twistd and not strace.
             command = [*trace.split(), *command]
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder.path,
-            env=environment(folder.path),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        case.addCleanup(self.stop)
-        self._lines = queue.Queue()
-        self.log = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.begin(case, command, folder.path)
         self.helper = int(self.wait_for(r"helper pid (\d+) serves")[1])
         self.ports = [int(self.wait_for(r"POP3 on \S+ port (\d+)")[1])]
         self.supervisor = int(facts(self.helper)["PPid"][0])

@@ -5,12 +5,10 @@ from __future__ import annotations
 import os
 import poplib
 import pwd
-import queue
 import signal
 import stat
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -69,20 +67,7 @@ class Server(Twistd):
                 os.chown(path, uid, gid)
         command += ["popdrop", "--state-dir", str(folder.state), "--throttle", "off"]
         command += ["--listen", "tcp:0:interface=127.0.0.1", *options]
-        self.process = subprocess.Popen(
-            command,
-            cwd=folder.path,
-            env=environment(folder.path),
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-        case.addCleanup(self.stop)
-        self._lines = queue.Queue()
-        self.log = []
-        self._reader = threading.Thread(target=self._read, daemon=True)
-        self._reader.start()
+        self.begin(case, command, folder.path)
 
     def ready(self) -> None:
         self.helper = int(self.wait_for(r"helper pid (\d+) serves")[1])
