@@ -3,8 +3,8 @@
 - The longest wait of a logged-in session that sends NOOP after NOOP, while 200 others log in by
   password at once; and the longest in as much time without them, which is the machine's own.
 - Processor time of the server for a login by APOP: of the session `connect, CAPA, APOP, QUIT` over
-  that of the bare session `connect, CAPA, QUIT`, both one after another on their own connections.
-  Of the same with a wrong digest, too, which is verification and log line without a maildrop.
+  that of the bare session `connect, CAPA, QUIT`, one after another and sixteen at once. Of the same
+  with a wrong digest, too, which is verification and log line without a maildrop.
 """
 
 from __future__ import annotations
@@ -13,12 +13,16 @@ import argparse
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from statistics import median
 
 from benchmarks.mechanisms import Client, apop, user_pass
 from benchmarks.peers import Popdrop
 from benchmarks.process import tree_cpu
 from benchmarks.scene import serving
+
+SPOOLS = 64
+"""Users who log in by turns, so that nobody finds his maildrop in use."""
 
 
 def waits(port: int, password: bytes, users: list[str]) -> tuple[list[float], list[float], float]:
@@ -61,32 +65,54 @@ def waits(port: int, password: bytes, users: list[str]) -> tuple[list[float], li
     return alone, during, took
 
 
-def bare(port: int, password: bytes) -> None:
+def bare(port: int, user: bytes, password: bytes) -> None:
     """connect, CAPA, QUIT."""
     with Client(port) as client:
         client.capa()
         client.ask(b"QUIT")
 
 
-def with_apop(port: int, password: bytes) -> None:
+def with_apop(port: int, user: bytes, password: bytes) -> None:
     """connect, CAPA, APOP, QUIT."""
     with Client(port) as client:
         client.capa()
-        apop(client, b"watcher", password)
+        apop(client, user, password)
         client.ask(b"QUIT")
 
 
-def with_wrong_apop(port: int, password: bytes) -> None:
+def with_wrong_apop(port: int, user: bytes, password: bytes) -> None:
     """The same with a wrong digest."""
-    with_apop(port, b"not " + password)
+    with_apop(port, user, b"not " + password)
 
 
-def cpu(server: Popdrop, session: Callable[[int, bytes], None], count: int) -> float:
-    """Seconds of the server's processor time of one session."""
+def cpu(
+    server: Popdrop, session: Callable[[int, bytes, bytes], None], count: int, at_once: int
+) -> float:
+    """Seconds of the server's processor time of one session, so many of them at once."""
     began = tree_cpu(server.pid)
-    for _ in range(count):
-        session(server.port, server.password.encode())
+    with ThreadPoolExecutor(at_once) as clients:
+        for done in [
+            clients.submit(session, server.port, b"u%d" % (i % SPOOLS), server.password.encode())
+            for i in range(count)
+        ]:
+            done.result()
     return (tree_cpu(server.pid) - began) / count
+
+
+def costs(server: Popdrop, count: int, runs: int, at_once: int) -> str:
+    """A line with the medians of so many runs."""
+    sessions = (bare, with_apop, with_wrong_apop)
+    found: dict[str, list[float]] = {each.__name__: [] for each in sessions}
+    for number in range(runs + 1):
+        for session in sessions:
+            used = cpu(server, session, count if number else 50, at_once)
+            if number:
+                found[session.__name__].append(used * 1e3)
+    base, good, wrong = (median(each) for each in found.values())
+    return (
+        f"CPU of the server, {at_once} at once: bare session {base:.3f} ms, with APOP {good:.3f} ms"
+        f" ({good - base:+.3f}), with a wrong digest {wrong:.3f} ms ({wrong - base:+.3f})"
+    )
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -96,7 +122,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--sessions", type=int, default=500, metavar="N", help="(%(default)s)")
     parser.add_argument("--runs", type=int, default=3, metavar="N", help="(%(default)s)")
     given = parser.parse_args(argv)
-    users = [f"u{number}" for number in range(given.logins)]
+    users = [f"u{number}" for number in range(max(given.logins, SPOOLS))]
     with serving(["watcher", *users]) as server:
         password = server.password.encode()
         for _ in range(given.runs):
@@ -106,18 +132,8 @@ def main(argv: list[str] | None = None) -> int:
                 f" median {median(during) * 1e3:.2f} ms,"
                 f" longest {max(during) * 1e3:.1f} ms (without logins {max(alone) * 1e3:.1f} ms)"
             )
-        sessions = (bare, with_apop, with_wrong_apop)
-        found: dict[str, list[float]] = {each.__name__: [] for each in sessions}
-        for number in range(given.runs + 1):
-            for session in sessions:
-                used = cpu(server, session, given.sessions if number else 50)
-                if number:
-                    found[session.__name__].append(used * 1e3)
-        base, good, wrong = (median(each) for each in found.values())
-        print(
-            f"CPU of the server: bare session {base:.3f} ms, with APOP {good:.3f} ms"
-            f" ({good - base:+.3f}), with a wrong digest {wrong:.3f} ms ({wrong - base:+.3f})"
-        )
+        for at_once in (1, 16):
+            print(costs(server, given.sessions, given.runs, at_once))
     return 0
 
 
