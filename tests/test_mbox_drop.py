@@ -41,6 +41,7 @@ from popdrop.stores.template import Template
 from popdrop.testing import StoreContract, as_sent
 from popdrop.values import Owner
 from tests import oracle_mbox
+from tests.descriptors import descriptors
 from tests.test_scan import FROM, make_spool, mboxes, spans_of
 
 BOB = Owner("bob")
@@ -271,7 +272,7 @@ class OpenTests(MboxCase):
     def test_descriptors_are_let_go(self) -> None:
         """After a session and after a refusal alike."""
         self.write(message(1))
-        before = len(os.listdir("/proc/self/fd"))
+        before = descriptors()
         for _ in range(3):
             drop = self.store.open(BOB)
             self.uids(drop)
@@ -279,7 +280,7 @@ class OpenTests(MboxCase):
             drop.release()
             self.write(message(1))
             self.assertRaises(PermanentFailure, self.make(max_octets=1).open, BOB)
-        self.assertEqual(len(os.listdir("/proc/self/fd")), before)
+        self.assertEqual(descriptors(), before)
 
     def test_system_errors(self) -> None:
         """What passes is temporary, what lasts is permanent; the reason is for the log alone."""
