@@ -33,7 +33,7 @@ PROPERTY = settings(
     deadline=None,
     derandomize=True,
     # The same properties of both kinds, so each in two classes.
-    suppress_health_check=[HealthCheck.differing_executors],
+    suppress_health_check=[HealthCheck.differing_executors, HealthCheck.too_slow],
 )
 
 
