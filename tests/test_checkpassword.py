@@ -15,6 +15,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from unittest import SkipTest
 
@@ -22,6 +23,7 @@ from twisted.cred.credentials import UsernamePassword
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from popdrop.accounts import checkpassword
 from popdrop.accounts.checkpassword import (
     ENVIRONMENT,
     MOST_OCTETS,
@@ -312,10 +314,10 @@ class WitnessTests(ProgramCase):
         backend = self.witness()
         backend.check(Cleartext(b"bob", b"x"))
         gc.collect()
-        before = sorted(os.listdir("/proc/self/fd"))
+        before = set(os.listdir("/proc/self/fd"))
         for _ in range(5):
             backend.check(Cleartext(b"bob", b"x"))
-        self.assertEqual(sorted(os.listdir("/proc/self/fd")), before)
+        self.assertLessEqual(set(os.listdir("/proc/self/fd")), before)
 
 
 ENDS = "import os, sys\nos.set_blocking(3, True)\nos.read(3, 512)\n"
@@ -402,11 +404,15 @@ class EndTests(ProgramCase):
             f"child = os.fork()\nopen('{self.folder}/pids', 'a').write(f'{{os.getpid()}} ')\n"
             "time.sleep(3600)\n"
         )
-        error = self.refused(self.answering(text, limit=1.0), self.GIVEN, TemporaryFailure)
+        path = self.folder / "pids"
+        path.touch()
+        # No time passes before both are there, however slow the machine is.
+        clock = SimpleNamespace(monotonic=lambda: float(len(path.read_text().split()) == 2))
+        self.patch(checkpassword, "time", clock)
+        error = self.refused(self.answering(text, limit=0.1), self.GIVEN, TemporaryFailure)
         self.assertEqual(error.text, "aack, child crashed")
-        self.assertIn("took longer than 1 s and was killed", error.detail)
-        pids = (self.folder / "pids").read_text().split()
-        self.assertEqual(len(pids), 2)
+        self.assertIn("took longer than 0.1 s and was killed", error.detail)
+        pids = path.read_text().split()
         deadline = time.monotonic() + DEADLINE
         for pid in pids:
             while self._runs(pid):
@@ -423,12 +429,14 @@ class EndTests(ProgramCase):
         os.mkfifo(gate)
         self.patch(os, "killpg", refuse)
         backend = self.answering(f"open('{gate}').read()\n", limit=0.5)
+        before = set(threading.enumerate())
         self.refused(backend, self.GIVEN, TemporaryFailure)
+        # It waits as long as nobody opens the gate.
+        (waiting,) = set(threading.enumerate()) - before
+        self.assertTrue(waiting.name.startswith("popdrop-wait-"))
         with open(gate, "w"):
             pass
-        waiting = [t for t in threading.enumerate() if t.name.startswith("popdrop-wait-")]
-        self.assertEqual(len(waiting), 1)
-        waiting[0].join(DEADLINE)
+        waiting.join(DEADLINE)
 
     def _runs(self, pid: str) -> bool:
         with contextlib.suppress(OSError):
@@ -439,7 +447,8 @@ class EndTests(ProgramCase):
         """A program that leaves a child behind is not waited for beyond its own end."""
         text = (
             ENDS + "if os.fork() == 0:\n    import time\n"
-            f"    open('{self.folder}/pid', 'w').write(str(os.getpid()))\n"
+            f"    open('{self.folder}/new', 'w').write(str(os.getpid()))\n"
+            f"    os.rename('{self.folder}/new', '{self.folder}/pid')\n"
             "    time.sleep(3600)\n"
             f"while not os.path.exists('{self.folder}/pid'): pass\n" + RUNS
         )
