@@ -8,16 +8,20 @@ import ssl
 
 from tests.end_to_end.harness import DEADLINE, Twistd
 from tests.end_to_end.test_server import ServerCase
+from tests.test_listeners import has_ipv6
 
 PLAIN = "tcp:0:interface=127.0.0.1"
 SIX = "tcp6:0:interface=\\:\\:1"
+OTHER = "127.0.0.9"
+"""Another client on this machine."""
 TLS = "tls:{state}/self-made.pem:0:interface=127.0.0.1"
 PROXY = "haproxy:tcp:0:interface=127.0.0.1"
 
 
-def hear(port: int, say: bytes = b"", host: str = "127.0.0.1") -> bytes:
+def hear(port: int, say: bytes = b"", client: str = "127.0.0.1") -> bytes:
     """All that a server says to `say` until it closes or has said two lines."""
-    with socket.create_connection((host, port), timeout=DEADLINE) as connection:
+    host = "::1" if ":" in client else "127.0.0.1"
+    with socket.create_connection((host, port), DEADLINE, (client, 0)) as connection:
         connection.sendall(say)
         heard = b""
         while heard.count(b"\r\n") < (2 if say else 1):
@@ -45,17 +49,29 @@ class AccessTests(ServerCase):
         return self.serve("--tcp-wrappers", *files, *trust, listen=listen)
 
     def test_networks(self) -> None:
-        server = self.serve("--deny-net", "127.0.0.0/8", listen=(PLAIN, SIX))
-        self.assertEqual(hear(server.ports[0]), b"")
-        self.assertTrue(hear(server.ports[1], host="::1").startswith(b"+OK"))
+        server = self.serve("--deny-net", "127.0.0.0/29", listen=(PLAIN,))
+        self.assertEqual(hear(server.port), b"")
+        self.assertTrue(hear(server.port, client=OTHER).startswith(b"+OK"))
         log = server.stop()
         self.assertEqual(log.count("127.0.0.1 refused by --deny-net"), 1)
         self.assertNotIn("Traceback", log)
 
     def test_allowed_network(self) -> None:
-        server = self.serve("--allow-net", "::1/128", listen=(PLAIN, SIX))
-        self.assertEqual(hear(server.ports[0]), b"")
-        self.assertTrue(hear(server.ports[1], host="::1").startswith(b"+OK"))
+        server = self.serve("--allow-net", f"{OTHER}/32", listen=(PLAIN,))
+        self.assertEqual(hear(server.port), b"")
+        self.assertTrue(hear(server.port, client=OTHER).startswith(b"+OK"))
+
+    def test_both_families(self) -> None:
+        """Where this machine has IPv6."""
+        if not has_ipv6():
+            return
+        for options, six in ((("--deny-net", "127.0.0.0/8"), True), (("--deny-net", "::1"), False)):
+            server = self.serve(*options, listen=(PLAIN, SIX))
+            for port, client, inside in zip(
+                server.ports, ("127.0.0.1", "::1"), (not six, six), strict=True
+            ):
+                self.assertEqual(hear(port, client=client).startswith(b"+OK"), inside)
+            server.stop()
 
     def test_name_of_hosts_file(self) -> None:
         """Asked for, and found in /etc/hosts: nothing is sent to any name server."""
