@@ -11,6 +11,7 @@ import select
 import shutil
 import signal
 import sys
+import time
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
@@ -58,6 +59,17 @@ def facts(pid: int) -> dict[str, list[str]]:
     """/proc/PID/status (proc(5))."""
     lines = Path(f"/proc/{pid}/status").read_text().splitlines()
     return {name: rest.split() for name, _, rest in (line.partition(":") for line in lines)}
+
+
+def stop(pid: int) -> None:
+    """Stop a process, and wait until all of its threads are."""
+    os.kill(pid, signal.SIGSTOP)
+    while True:
+        with contextlib.suppress(OSError):  # a thread has ended meanwhile
+            tasks = Path(f"/proc/{pid}/task").glob("*/status")
+            if all("\nState:\tT" in task.read_text() for task in tasks):
+                return
+        time.sleep(0.01)
 
 
 def threads(pid: int) -> set[str]:
@@ -152,11 +164,14 @@ class HelperTests(SynchronousTestCase):
         """`[SYS/TEMP]` and not `[AUTH]` while there is none; then all is as before."""
         server = self.serve()
         self.login().quit()
-        os.kill(server.helper, signal.SIGSTOP)
-        client = server.client()
+        client, other = server.client(), server.client()
         self.addCleanup(client.close)
+        self.addCleanup(other.close)
         client.user("bob")
+        stop(server.helper)
         client._putcmd("PASS the words of everybody")
+        # What comes later is answered: by then the helper has been asked.
+        other.capa()
         os.kill(server.helper, signal.SIGKILL)
         failure = self.assertRaises(poplib.error_proto, client._getresp)
         self.assertTrue(failure.args[0].startswith(b"-ERR [SYS/TEMP] "), failure.args)

@@ -9,13 +9,12 @@ import signal
 import stat
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from tests.end_to_end.harness import DEADLINE, Folder, Twistd, environment, mail
-from tests.end_to_end.test_helper import RUN, facts
+from tests.end_to_end.test_helper import RUN, facts, stop
 
 ROOT = os.geteuid() == 0
 UIDS = (70001, 70002, 70003)
@@ -42,16 +41,6 @@ Files.ftruncate = staticmethod(lambda fd, size: os._exit(9))
 drop.commit([0])
 """
 """A server that ends after the journal and before the spool is cut."""
-
-
-def stop(pid: int) -> None:
-    """Stop a process, and wait until all of its threads are."""
-    os.kill(pid, signal.SIGSTOP)
-    while True:
-        tasks = Path(f"/proc/{pid}/task").glob("*/status")
-        if all("\nState:\tT" in task.read_text() for task in tasks):
-            return
-        time.sleep(0.01)
 
 
 class Server(Twistd):
