@@ -74,8 +74,10 @@ class StoreTests(SynchronousTestCase):
             file.write(octets)
         os.chmod(self.path, 0o600)
         os.utime(self.path, (time.time() - age,) * 2)
-        # A ctime cannot be set back: the store's clock goes on instead.
-        self.patch(drop, "clock_ns", lambda: time.time_ns() + int(age * 10**9))
+        # A ctime cannot be set back: the store's clock goes on instead, and stands there, however
+        # long the rest takes.
+        self.moment = time.time_ns() + int(age * 10**9)
+        self.patch(drop, "clock_ns", lambda: self.moment)
 
     def visit(self) -> tuple[int, list[bytes]]:
         maildrop = self.store.open(Owner("bob"))
