@@ -65,7 +65,8 @@ class ServerTests(NotifyCase):
         """Ready once it serves, alive, ready again after SIGHUP, and then stopping."""
         folder = Folder(self)
         listening = self.listen(str(folder.path / "notify"))
-        variables = {"NOTIFY_SOCKET": str(folder.path / "notify"), "WATCHDOG_USEC": "200000"}
+        # Once a second: of ten words that nobody has read the next one would be lost (unix(7)).
+        variables = {"NOTIFY_SOCKET": str(folder.path / "notify"), "WATCHDOG_USEC": "2000000"}
         server = Twistd(self, folder, variables=variables)
 
         def next_word() -> bytes:
