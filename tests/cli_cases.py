@@ -20,7 +20,7 @@ from popdrop.cli.main import popdrop
 from popdrop.values import Account
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(package.__file__)))
-GUARD = 60.0
+GUARD = 120.0
 """Seconds after which a child that says nothing is given up: no test depends on it."""
 
 INTERRUPT = b"\x03"

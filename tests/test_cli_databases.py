@@ -15,7 +15,7 @@ from popdrop.accounts import sqlitefile
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.cli.main import popdrop
 from popdrop.values import Secret
-from tests.cli_cases import ChildCase, CommandCase
+from tests.cli_cases import GUARD, ChildCase, CommandCase
 
 COMMANDS: dict[str, tuple[str, ...]] = {
     "user add": ("eve", "--stdin"),
@@ -199,7 +199,7 @@ class PipeTests(ChildCase):
                 cwd=self.folder,
                 env=self.environ(),
                 capture_output=True,
-                timeout=60,
+                timeout=GUARD,
                 check=False,
             )
             self.assertEqual((done.returncode, done.stderr), (0, b""), command)

@@ -44,7 +44,7 @@ from popdrop.values import Owner
 from tests import oracle_mbox
 
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(package.__file__)))
-GUARD = 60.0
+GUARD = 120.0
 """Seconds after which a child that says nothing is given up: no test depends on it."""
 
 FROM = b"From bob@example.org Wed Dec  2 05:53:00 1992\n"
