@@ -32,7 +32,7 @@ from popdrop.errors import ConfigError
 from popdrop.values import PeerFacts
 
 AUTHORITY = trustme.CA()
-TIMEOUT = 20
+TIMEOUT = 120
 
 
 def chain_pem(issued: trustme.LeafCert) -> bytes:

@@ -19,6 +19,9 @@ from tests.end_to_end.harness import DEADLINE, Twistd, command, environment
 from tests.end_to_end.test_server import ServerCase, Wire
 from tests.test_listeners import has_ipv6
 
+OWN = "127.77.{}.{}".format(*divmod(os.getpid() % 2**16, 256))
+"""An address of this process: systemd-socket-activate is given a port, and finds none itself."""
+
 
 class PolicyTests(ServerCase):
     """`--listen-policy`: two ports of one server with different rules."""
@@ -141,10 +144,14 @@ class KindCase(ServerCase):
             self.assertIn(b"Listening on", child.stderr.readline())
         threading.Thread(target=child.stderr.read, daemon=True).start()
 
-    def free_port(self, host: str) -> int:
+    def free_ports(self, host: str, count: int = 1) -> list[int]:
+        """Different ones."""
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        with socket.create_server((host, 0), family=family) as probe:
-            return int(probe.getsockname()[1])
+        probes = [socket.create_server((host, 0), family=family) for _ in range(count)]
+        ports = [probe.getsockname()[1] for probe in probes]
+        for probe in probes:
+            probe.close()
+        return ports
 
 
 class KindTests(KindCase):
@@ -183,19 +190,19 @@ class KindTests(KindCase):
     # Sockets of systemd's
 
     def test_systemd(self) -> None:
-        for host, domain in (("127.0.0.1", "INET"), ("::1", "INET6")):
+        for host, domain in ((OWN, "INET"), ("::1", "INET6")):
             if domain == "INET6" and not has_ipv6():
                 continue
-            port = self.free_port(host)
+            (port,) = self.free_ports(host)
             where = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
             self.activated((where,), f"systemd:domain={domain}:index=0")
             self.session(socket.create_connection((host, port), DEADLINE))
             self.upgraded(socket.create_connection((host, port), DEADLINE))
 
     def test_systemd_with_tls(self) -> None:
-        port = self.free_port("127.0.0.1")
-        self.activated((f"127.0.0.1:{port}",), f"systemd:domain=INET:index=0:tls={self.pem}")
-        self.session(socket.create_connection(("127.0.0.1", port), DEADLINE), self.trusting())
+        (port,) = self.free_ports(OWN)
+        self.activated((f"{OWN}:{port}",), f"systemd:domain=INET:index=0:tls={self.pem}")
+        self.session(socket.create_connection((OWN, port), DEADLINE), self.trusting())
 
     def test_systemd_unix(self) -> None:
         path = f"{self.folder.path}/pop3"

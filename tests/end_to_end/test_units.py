@@ -83,7 +83,7 @@ class UnitTests(KindCase):
             for old, new in changes.items():
                 word = word.replace(old, new)
             words.append(word)
-        free = [self.free_port(host) for _ in ports]
+        free = self.free_ports(host, len(ports))
         places = tuple(f"[::]:{port}" if host == "::" else f"{host}:{port}" for port in free)
         self.activated(places, options=tuple(words))
         for port, implicit in zip(free, (False, True), strict=True):
