@@ -1,14 +1,18 @@
-"""A child that deletes from a spool and kills itself at its N-th file call, for `test_kill`.
+"""Processes that delete from a spool and kill themselves at their N-th file call, for `test_kill`.
 
-`killed.py STATE TEMPLATE USER DELETED SEEN N`: DELETED and SEEN are 0-based indexes joined by
-commas, or nothing. With N of 0 it is not killed, and prints how many calls there were.
+Each line of standard input is `[STATE, TEMPLATE, USER, DELETED, SEEN, N]` in JSON, DELETED and SEEN
+lists of 0-based indexes. For each a process is forked, so that what it needs is imported once, and
+`[EXIT_CODE, CALLS]` is printed when it has ended: the exit code is -9 where it was killed, and the
+number of calls is told where it was not, as with N of 0.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import sys
+import traceback
 from typing import Any
 
 from popdrop.stores.mbox.journal import Files, Journals
@@ -35,16 +39,38 @@ class Deadly(Files):
         return call
 
 
-def main(state: str, template: str, user: str, deleted: str, seen: str, last: str) -> None:
+def delete(
+    state: str, template: str, user: str, deleted: list[int], seen: list[int], last: int
+) -> int:
+    """How many calls there were."""
     store = MboxStore(template, state, update_status=bool(seen))
-    files = Deadly(int(last))
+    files = Deadly(last)
     store.journals = Journals(state, files)
     drop = store.open(Owner(user))
-    rows, read = ([int(word) for word in each.split(",") if word] for each in (deleted, seen))
-    drop.commit(rows, read)
+    drop.commit(deleted, seen)
     drop.release()
-    print(files.count)
+    return files.count
+
+
+def forked(*given: Any) -> tuple[int, int]:
+    """Exit code and number of calls of a process that does this."""
+    told, tells = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            os.write(tells, b"%d" % delete(*given))
+            status = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(status)
+    os.close(tells)
+    with os.fdopen(told) as file:
+        calls = int(file.read() or 0)
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), calls
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    for line in sys.stdin:
+        print(json.dumps(forked(*json.loads(line))), flush=True)

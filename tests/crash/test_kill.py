@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import subprocess
@@ -33,6 +34,14 @@ class KillTests(SynchronousTestCase):
         self.state = self.folder / "state"
         self.spools = self.folder / "mail"
         self.spool = self.spools / "bob"
+        self.parent = subprocess.Popen(
+            [sys.executable, "-m", killed.__name__],
+            cwd=ROOT,
+            env=environment(self.folder),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        self.addCleanup(self.parent.communicate, timeout=DEADLINE)
 
     def fresh(self) -> None:
         for folder in (self.state, self.spools):
@@ -43,27 +52,14 @@ class KillTests(SynchronousTestCase):
         )
         self.spool.chmod(0o600)
 
-    def child(
-        self, deleted: list[int], seen: list[int], last: int
-    ) -> subprocess.CompletedProcess[bytes]:
-        return subprocess.run(
-            [
-                sys.executable,
-                "-m",
-                killed.__name__,
-                str(self.state),
-                f"{self.spools}/{{user}}",
-                "bob",
-                ",".join(map(str, deleted)),
-                ",".join(map(str, seen)),
-                str(last),
-            ],
-            cwd=ROOT,
-            env=environment(self.folder),
-            capture_output=True,
-            timeout=DEADLINE,
-            check=False,
-        )
+    def ended(self, deleted: list[int], seen: list[int], last: int) -> list[int]:
+        """Exit code and number of calls of a process that is killed at the `last` one."""
+        given = [str(self.state), f"{self.spools}/{{user}}", "bob", deleted, seen, last]
+        assert self.parent.stdin is not None and self.parent.stdout is not None
+        self.parent.stdin.write(json.dumps(given).encode() + b"\n")
+        self.parent.stdin.flush()
+        found: list[int] = json.loads(self.parent.stdout.readline())
+        return found
 
     def left(self) -> list[bytes]:
         """What the next login finds."""
@@ -81,16 +77,15 @@ class KillTests(SynchronousTestCase):
             if number not in deleted
         ]
         self.fresh()
-        whole = self.child(deleted, seen, 0)
-        self.assertEqual((whole.returncode, whole.stderr), (0, b""))
+        status, calls = self.ended(deleted, seen, 0)
+        self.assertEqual(status, 0)
         self.assertEqual(self.spool.read_bytes(), b"".join(after))
-        calls = int(whole.stdout)
         self.assertGreater(calls, 1)
         outcomes = set()
         for last in range(1, calls + 1):
             self.fresh()
             inode = self.spool.stat().st_ino
-            self.assertEqual(self.child(deleted, seen, last).returncode, -9, last)
+            self.assertEqual(self.ended(deleted, seen, last)[0], -9, last)
             with self.spool.open("ab") as spool:
                 spool.write(LATE)
             self.left()
