@@ -177,7 +177,7 @@ class DamageTests(Made):
             wanted = records(content)
             chosen = random.Random(2)
             damaged = 0
-            for turn in range(600):
+            for turn in range(300):
                 # The first 600 octets are headers in all of them, and worth more tries.
                 place = chosen.randrange(600 if turn % 2 else len(content))
                 wrong = bytearray(content)

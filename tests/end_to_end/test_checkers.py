@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import io
 import json
 import os
 import re
@@ -14,6 +15,7 @@ from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
+from popdrop.options import Options
 from tests import programs
 from tests.end_to_end.harness import DEADLINE, ROOT, Folder, Twistd, mail
 from tests.end_to_end.test_server import Wire
@@ -305,8 +307,17 @@ class HelpTests(SynchronousTestCase):
         ours = ("accounts", "checkpassword", "passwd", "pam", "helper", "oidc")
         for kind in (*ours, "file", "memory", "unix"):
             self.assertRegex(listed, rf"(?m)^  {kind}\s")
-            self.assertIn(f"--auth {kind}[:ArgString]", self.told("--help-auth-type", kind))
+            self.assertIn(f"--auth {kind}[:ArgString]", self.said("--help-auth-type", kind))
         self.assertNotIn("anonymous", listed)
+        self.assertEqual(self.told("--help-auth-type", "pam"), self.said("--help-auth-type", "pam"))
+
+    def said(self, *words: str) -> str:
+        """As `told`, by this process."""
+        said = io.StringIO()
+        self.patch(Options, "authOutput", said)
+        with self.assertRaises(SystemExit):
+            Options().parseOptions(words)
+        return said.getvalue()
 
     def told(self, *words: str) -> str:
         done = subprocess.run(
