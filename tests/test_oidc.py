@@ -634,9 +634,9 @@ class IntrospectionTests(CheckerCase):
             one.cancel()
             await self.assertFailure(one, CancelledError)
         self.assertEqual(await many[3], b"bob@example.org")
-        self.assertEqual(
-            [form[b"token"][0] for form in self.provider.forms], [b"token0", b"token1", b"token3"]
-        )
+        asked = [form[b"token"][0] for form in self.provider.forms]
+        # The first two came at the same time, over connections of their own.
+        self.assertEqual([*sorted(asked[:2]), *asked[2:]], [b"token0", b"token1", b"token3"])
 
 
 class SpecTests(SynchronousTestCase):
