@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import deque
 from collections.abc import Callable
@@ -84,6 +85,7 @@ class POP3Factory(ServerFactory):
         self.protocols: set[POP3Protocol] = set()
         self._leaving: dict[IDelayedCall, IAddress] = {}
         self.stopping = False
+        self._stop_at = math.inf
         self._waiting: deque[Deferred[None]] = deque()
         self._turn_began = 0.0
         self._begun = 0
@@ -189,10 +191,13 @@ class POP3Factory(ServerFactory):
             call.cancel()
             self.throttle.leave(peer)
         self._leaving.clear()
-        end = self.clock.seconds() + grace
+        self._stop_at = min(self._stop_at, self.clock.seconds() + grace)
         while self.protocols:
+            late = self.clock.seconds() >= self._stop_at
             for protocol in set(self.protocols):
-                protocol.shut_down()
-                if self.clock.seconds() >= end and not protocol.committing:
-                    protocol.abort()
+                protocol.shut_down(late)
             await deferLater(self.clock, STOP_STEP)
+
+    def hurry(self) -> None:
+        """The grace of a stop is over, or there will be none."""
+        self._stop_at = self.clock.seconds()

@@ -1,7 +1,10 @@
-"""The connection that inetd, tcpserver and systemd's `Accept=yes` hand on as standard input.
+"""Sockets that another program has opened.
 
-Where it is a TCP socket it becomes a connection like any other: with the client's own address, and
-with STLS. Anything else, as the pipes of sslserver, is served as standard input and output.
+The connection that inetd, tcpserver and systemd's `Accept=yes` hand on as standard input: where it
+is a TCP socket it becomes a connection like any other, with the client's own address, and with
+STLS. Anything else, as the pipes of sslserver, is served as standard input and output.
+
+And the Unix socket that systemd listens on, which has to outlive the server.
 """
 
 from __future__ import annotations
@@ -12,11 +15,22 @@ from typing import Any, Final, cast
 
 from twisted.internet import defer
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IAddress, IProtocolFactory, IStreamServerEndpoint
+from twisted.internet.interfaces import (
+    IAddress,
+    IListeningPort,
+    IProtocolFactory,
+    IStreamServerEndpoint,
+)
 from twisted.internet.protocol import Factory
+from twisted.internet.unix import Port
 from zope.interface import implementer
 
 STANDARD_INPUT: Final = 0
+BACKLOG: Final = 1024
+"""Connections that may wait for `accept` (the kernel's `net.core.somaxconn` cuts it).
+
+Twisted's 50 is too few when all clients come back at once, or wait for a server that starts anew.
+"""
 
 
 def family(number: int = STANDARD_INPUT) -> socket.AddressFamily | None:
@@ -72,3 +86,40 @@ class InheritedConnection:
             os.dup2(nowhere, number)
         os.close(nowhere)
         return made
+
+
+class _AdoptedPort(Port):
+    """A Unix socket of systemd's, whose path, mode and life are systemd's.
+
+    Twisted takes it for one of its own: it would let everybody write to it, and at the end shut
+    it down and take its path away, so that no server after this one could be reached.
+    """
+
+    _shouldShutdown = False
+
+    def __init__(self, path: bytes, factory: IProtocolFactory, reactor: object) -> None:
+        super().__init__(path, factory, BACKLOG, reactor=reactor)
+        # A name that is not in the file system has neither mode nor path.
+        self._bindPath = b"\0" + self._bindPath
+
+
+@implementer(IStreamServerEndpoint)
+class AdoptedUnixSocket:
+    """The listening Unix socket `number`, which is this endpoint's from now on."""
+
+    def __init__(self, reactor: object, number: int) -> None:
+        self._reactor = reactor
+        self._number = number
+
+    def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        """Serve it. Once."""
+        return defer.execute(self._listen, factory)
+
+    def _listen(self, factory: IProtocolFactory) -> IListeningPort:
+        os.set_blocking(self._number, False)
+        port: Any = _AdoptedPort._fromListeningDescriptor(  # type: ignore[no-untyped-call]
+            self._reactor, self._number, factory
+        )
+        os.close(self._number)
+        port.startListening()
+        return cast("IListeningPort", port)

@@ -38,17 +38,12 @@ from zope.interface import implementer
 from popdrop import inherited
 from popdrop.certs import Certificates, Keyring
 from popdrop.errors import ConfigError
+from popdrop.inherited import BACKLOG
 from popdrop.proxied import ProxiedEndpoint
 from popdrop.spec import Spec, parse, quoted
 from popdrop.values import Network, PeerFacts, normalised
 
 __all__ = ["Listener", "from_spec", "listen", "normalised", "peer_facts"]
-
-BACKLOG = 1024
-"""Connections that may wait for `accept` (the kernel's `net.core.somaxconn` cuts it).
-
-Twisted's 50 is too few when all clients come back at once.
-"""
 
 EXAMPLES = {
     "tcp": "tcp:110 or tcp:1110:interface=127.0.0.1",
@@ -129,6 +124,9 @@ def _direct(reactor: object, option: str, text: str, spec: Spec, keyring: Keyrin
     if scheme == "stdio" and (family := inherited.family()) is not None:
         connection = cast(IStreamServerEndpoint, inherited.InheritedConnection(reactor, family))
         return Listener(text, scheme, connection, trusted_address=True)
+    if scheme == "unix" and "backlog" not in spec.kwargs:
+        endpoint = _twisteds(reactor, option, scheme, f"{text}:backlog={BACKLOG}")
+        return Listener(text, scheme, endpoint, trusted_address=False)
     return Listener(text, scheme, _twisteds(reactor, option, scheme, text), trusted_address=False)
 
 
@@ -144,8 +142,11 @@ def _systemd(reactor: object, option: str, text: str, spec: Spec, keyring: Keyri
     path = spec.kwargs.get("tls")
     domain = spec.kwargs.get("domain") or (spec.args[0] if spec.args else "")
     words = [*spec.args, *(f"{k}={quoted(v)}" for k, v in spec.kwargs.items() if k != "tls")]
-    endpoint = _twisteds(reactor, option, "systemd", ":".join(["systemd", *words]))
+    adopted: Any = _twisteds(reactor, option, "systemd", ":".join(["systemd", *words]))
     certificates = None
+    if domain == "UNIX":
+        adopted = inherited.AdoptedUnixSocket(reactor, adopted.fileno)
+    endpoint = cast(IStreamServerEndpoint, adopted)
     if path is not None:
         certificates = keyring.get(path, option=option)
         endpoint = _TLSEndpoint(endpoint, certificates, cast(IReactorTime, reactor))

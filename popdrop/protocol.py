@@ -76,6 +76,8 @@ Some clients never answer the closing of TLS, and Twisted would wait for them.
 """
 STOP_CLOSE_GRACE: Final = 1.0
 """The same when the server stops."""
+STOP_HANDSHAKE_GRACE: Final = 3.0
+"""Seconds for a handshake to be finished when the server stops, so that its client is greeted."""
 ASKED_SECONDS: Final = 0.005
 """Seconds after which a question to the accounts is answered at the earliest. The look-ups take
 45 us for names that have an account and 37 us for others, and no throttle sees them."""
@@ -225,13 +227,15 @@ class POP3Protocol(Protocol):
             self._hang_up(b"", "refused")
 
     def _turn_away(self) -> None:
-        log.info("too many connections: {peer} turned away", peer=self._host())
+        stopping = self.factory.stopping
+        words = "server is shutting down" if stopping else "too many connections, try again later"
+        log.info("{why}: {peer} turned away", why=words, peer=self._host())
         if self.factory.implicit_tls:
             # Nothing can be said before the handshake, and it may never come.
             self._reason, self._closing = "limit", True
             self._abort()
         else:
-            self._hang_up(b"-ERR [SYS/TEMP] too many connections, try again later\r\n", "limit")
+            self._hang_up(f"-ERR [SYS/TEMP] {words}\r\n".encode("ascii"), "limit")
 
     def _admit(self) -> bool:
         self._admitted = self.factory.throttle.admit(self._address)
@@ -329,28 +333,28 @@ class POP3Protocol(Protocol):
             # TLS waits for the peer's own closing, and a full transport for its reading.
             self._rearm()
 
-    def shut_down(self) -> None:
-        """The server stops: say so and close, unless an effect is in progress."""
+    def shut_down(self, late: bool) -> None:
+        """The server stops: say so and close, unless an effect or a listing is in progress.
+
+        `late`: what is in progress is cut off too, but for a commit.
+        """
         if self._closing:
             waited = self.factory.clock.seconds() - self._progress
-            if self._effect is None and not self._choked and waited >= STOP_CLOSE_GRACE:
+            if self._choked and not self._met:
+                over = waited >= STOP_HANDSHAKE_GRACE
+            else:
+                over = self._effect is None and not self._choked
+            if waited >= STOP_CLOSE_GRACE and (over or late) and not self._committing:
                 self._abort()
-        elif self._effect is None:
+        elif self._effect is None and self._rows is None:
             self._hang_up(b"-ERR [SYS/TEMP] server is shutting down\r\n", "shutdown")
+        elif late and not self._committing:
+            self._reason = "shutdown"
+            self._abort()
 
     def _abort(self) -> None:
         # Standard input cannot be aborted.
         getattr(self.transport, "abortConnection", self.transport.loseConnection)()
-
-    def abort(self) -> None:
-        """Close at once. A commit in progress still ends."""
-        self._reason = "shutdown"
-        self._abort()
-
-    @property
-    def committing(self) -> bool:
-        """Whether messages are being removed."""
-        return self._committing
 
     # Time
 

@@ -12,7 +12,7 @@ from ipaddress import IPv4Address, IPv6Address, ip_address
 from typing import Any, Final, NamedTuple, cast
 
 from twisted.internet import address
-from twisted.internet.defer import Deferred
+from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.interfaces import (
     IAddress,
     IDelayedCall,
@@ -24,6 +24,7 @@ from twisted.internet.interfaces import (
     IStreamServerEndpoint,
 )
 from twisted.internet.protocol import Protocol, connectionDone
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
 from twisted.protocols.policies import ProtocolWrapper, WrappingFactory
 from twisted.python.failure import Failure
@@ -32,7 +33,7 @@ from zope.interface import alsoProvides, implementer
 from popdrop.policy import is_in
 from popdrop.values import Network, normalised
 
-__all__ = ["BadHeader", "Header", "ProxiedEndpoint", "ProxiedFactory", "read_header"]
+__all__ = ["BadHeader", "Header", "ProxiedEndpoint", "ProxiedFactory", "ProxiedPort", "read_header"]
 
 log = Logger()
 
@@ -41,6 +42,10 @@ HEADER_SECONDS: Final = 5.0
 LINE_OCTETS: Final = 107
 """The longest header of version 1, with its CRLF (section 2.1)."""
 SIGNATURE: Final = b"\r\n\r\n\0\r\nQUIT\n"
+STOP_SECONDS: Final = 1.0
+"""How long a server that stops waits for headers: a proxy sends its own at once."""
+STOP_STEP: Final = 0.02
+"""Seconds between two looks at whether all have come."""
 FIXED_OCTETS: Final = 16
 """Of a header of version 2, before addresses and the rest, at most 65,535 octets (section 2.2)."""
 UNKNOWN: Final = address.UNIXAddress(None)
@@ -161,6 +166,15 @@ class Proxied(ProtocolWrapper):
     def _refuse(self, why: str) -> None:
         peer = getattr(self.transport.getPeer(), "host", None) or "a local program"
         log.info("{why} from {peer}: closed", why=why, peer=peer)
+        self.give_up()
+
+    @property
+    def waits(self) -> bool:
+        """Whether the header has not come yet."""
+        return self._header is None and self._timer is not None
+
+    def give_up(self) -> None:
+        """Close without a header."""
         self._stop_waiting()
         self.transport.abortConnection()
 
@@ -255,13 +269,50 @@ class ProxiedFactory(WrappingFactory[Proxied]):
             return None
         return self.protocol(self)
 
-    def doStop(self) -> None:
-        """Whoever has not sent a header by now has nothing to end."""
-        for each in list(self.protocols):
-            if each._header is None:
-                each._stop_waiting()
-                each.transport.abortConnection()
-        super().doStop()  # type: ignore[no-untyped-call]
+    def waiting(self) -> list[Proxied]:
+        """The connections without a header as yet."""
+        return [each for each in self.protocols if each.waits]
+
+
+@implementer(IListeningPort)
+class ProxiedPort:
+    """The port of a `ProxiedFactory`."""
+
+    def __init__(self, plain: Any, factory: ProxiedFactory) -> None:
+        self._plain = plain
+        self._factory = factory
+
+    @property
+    def socket(self) -> Any:
+        """The listening socket, where there is one."""
+        return getattr(self._plain, "socket", None)
+
+    def startListening(self) -> None:
+        """As the plain port does."""
+        self._plain.startListening()
+
+    def getHost(self) -> IAddress:
+        """Where it listens."""
+        return cast(IAddress, self._plain.getHost())
+
+    def stopListening(self) -> Deferred[None]:
+        """Take no more connections. Fires when all that were taken have brought their headers.
+
+        So that those clients are greeted as well. Who has brought none within `STOP_SECONDS` is
+        closed.
+        """
+        return Deferred.fromCoroutine(self._stop())
+
+    async def _stop(self) -> None:
+        clock = self._factory.clock
+        end = clock.seconds() + STOP_SECONDS
+        await maybeDeferred(self._plain.stopListening)
+        while waiting := self._factory.waiting():
+            if clock.seconds() >= end:
+                for each in waiting:
+                    each.give_up()
+                return
+            await deferLater(clock, STOP_STEP)
 
 
 @implementer(IStreamServerEndpoint)
@@ -278,4 +329,9 @@ class ProxiedEndpoint:
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
         """As `plain` does."""
         proxied = ProxiedFactory(factory, self._trusted, self._clock)
-        return self._plain.listen(cast(IProtocolFactory, proxied))
+
+        def with_headers(port: IListeningPort) -> IListeningPort:
+            return cast(IListeningPort, ProxiedPort(port, proxied))
+
+        listening = self._plain.listen(cast(IProtocolFactory, proxied))
+        return listening.addCallback(with_headers)

@@ -26,7 +26,7 @@ from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.portal import Portal
 from twisted.cred.strcred import InvalidAuthArgumentString, InvalidAuthType, makeChecker
-from twisted.internet.defer import Deferred, gatherResults, succeed
+from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import LoopingCall
@@ -233,6 +233,7 @@ class Popdrop(Service):
         self._tidy: Callable[[], None] | None = None
         self._looking: LoopingCall | None = None
         self._living: LoopingCall | None = None
+        self._stopping = False
         self.hostname = options["hostname"] or machine_name()
         try:
             self._assemble()
@@ -808,20 +809,21 @@ class Popdrop(Service):
 
         No session is dropped.
         """
+        if self._stopping:
+            return  # systemd must not hear that a server is ready which ends
         notify.tell(notify.reloading())
         log.info("opening the session logs anew")
         self._session_log.reopen()
-        self._look_at_files()
-        notify.tell(notify.READY)
+        self._look_at_files().addCallback(lambda _: self._stopping or notify.tell(notify.READY))
 
-    def _look_at_files(self) -> None:
+    def _look_at_files(self) -> Deferred[Any]:
         refreshed: list[Callable[[], None]] = [self._keyring.refresh, self._rosters.refresh]
         if self._gate is not None:
             refreshed.append(self._gate.refresh)
-        for work in refreshed:
-            self._lookup_pool.run(work).addErrback(
-                lambda failure: log.failure("looking at files failed", failure=failure)
-            )
+        looks = [self._lookup_pool.run(work) for work in refreshed]
+        for look in looks:
+            look.addErrback(lambda failure: log.failure("looking at files failed", failure=failure))
+        return gatherResults(looks)
 
     def _tell(self) -> None:
         served = zip(self._listeners, self._factories, self._ports, strict=True)
@@ -844,12 +846,16 @@ class Popdrop(Service):
                 )
 
     async def _stop(self) -> None:
+        self._stopping = True
+        if threading.current_thread() is threading.main_thread():
+            # The reactor's own would complain that it is stopping already.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, self._signalled_again)
         notify.tell(notify.STOPPING)
         if self._looking is not None and self._looking.running:
             self._looking.stop()
-        for port in self._ports:
-            if IListeningPort.providedBy(port):
-                await (port.stopListening() or succeed(None))
+        ports = [port for port in self._ports if IListeningPort.providedBy(port)]
+        await gatherResults([maybeDeferred(port.stopListening) for port in ports])
         grace = self._options["grace"]
         stopping = [Deferred.fromCoroutine(factory.stop(grace)) for factory in self._factories]
         await gatherResults(stopping)
@@ -860,6 +866,15 @@ class Popdrop(Service):
         if self._living is not None and self._living.running:
             self._living.stop()
         self.discard()
+
+    def _signalled_again(self, number: int, frame: object) -> None:
+        self._reactor.callFromThread(self._hurry)
+
+    def _hurry(self) -> None:
+        """A second SIGTERM or SIGINT: whoever sent it does not want to wait for the grace."""
+        log.info("asked to stop once more: what is in progress is cut off, but for deletions")
+        for factory in self._factories:
+            factory.hurry()
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, let what is in progress end, then stop the threads."""

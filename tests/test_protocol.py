@@ -17,7 +17,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from popdrop.errors import TemporaryFailure
 from popdrop.factory import LOGINS_A_TURN, TURN_SECONDS
 from popdrop.policy import Folding, Policy
-from popdrop.protocol import CLOSE_GRACE, UNREAD_LIMIT, POP3Protocol
+from popdrop.protocol import CLOSE_GRACE, STOP_HANDSHAKE_GRACE, UNREAD_LIMIT, POP3Protocol
 from popdrop.session import BAD_BEFORE_LOGIN
 from popdrop.values import Account, Owner, Scope, Secret
 from tests.doubles import Server, Transport
@@ -910,6 +910,29 @@ class StopTests(SynchronousTestCase):
         server.clock.advance(1)
         self.successResultOf(stopped)
 
+    def test_a_listing_in_progress_is_finished(self) -> None:
+        """A client that reads slowly gets all rows before the farewell, which is none of them."""
+        server = Server([b"x\n"] * 20_000)
+        protocol, transport = server.logged_in()
+        original = transport.write
+
+        def write(data: bytes) -> None:
+            original(data)
+            protocol.pauseProducing()
+
+        transport.write = write  # type: ignore[method-assign]
+        protocol.dataReceived(b"LIST\r\n")
+        stopped = Deferred.fromCoroutine(server.factory.stop(30))
+        for _ in range(20):
+            server.clock.advance(0.1)
+            protocol.resumeProducing()
+        rows = transport.value().split(b"\r\n")
+        self.assertEqual(rows[-3:], [b".", b"-ERR [SYS/TEMP] server is shutting down", b""])
+        self.assertEqual(len(rows), 1 + 20_000 + 3)
+        lose(protocol)
+        server.clock.advance(1)
+        self.successResultOf(stopped)
+
     def test_a_commit_is_awaited_beyond_the_grace(self) -> None:
         server = Server()
         protocol, transport = server.logged_in()
@@ -937,11 +960,42 @@ class StopTests(SynchronousTestCase):
         server.clock.pump([1] * 4)
         self.assertTrue(transport.disconnected)
 
+    def test_a_second_signal_ends_the_grace(self) -> None:
+        server = Server([b"x" * 999 + b"\n"])
+        server.store.hot = False
+        protocol, transport = server.logged_in()
+        server.store.opened[0].hold_reads = Deferred
+        protocol.dataReceived(b"RETR 1\r\n")
+        Deferred.fromCoroutine(server.factory.stop(5))
+        server.clock.advance(1)
+        self.assertFalse(transport.disconnected)
+        server.factory.hurry()
+        server.clock.advance(1)
+        self.assertTrue(transport.disconnected)
+
+    def test_the_farewell_is_said_without_grace_too(self) -> None:
+        server = Server()
+        _, transport = server.logged_in()
+        Deferred.fromCoroutine(server.factory.stop(0))
+        self.assertEqual((transport.disconnecting, transport.disconnected), (True, False))
+        self.assertTrue(transport.value().endswith(b" server is shutting down\r\n"))
+
+    def test_half_open_handshakes_do_not_hold_up_a_stop(self) -> None:
+        """TLS keeps the greeting until the handshake is done: seconds, not the whole grace."""
+        server = Server()
+        protocol, transport = server.connect()
+        protocol.pauseProducing()
+        Deferred.fromCoroutine(server.factory.stop(30))
+        server.clock.pump([STOP_HANDSHAKE_GRACE / 2, STOP_HANDSHAKE_GRACE / 4])
+        self.assertFalse(transport.disconnected)
+        server.clock.pump([STOP_HANDSHAKE_GRACE / 4, 0.1])
+        self.assertTrue(transport.disconnected)
+
     def test_no_connection_is_taken_any_more(self) -> None:
         server = Server()
         Deferred.fromCoroutine(server.factory.stop(5))
         _, transport = server.connect()
-        self.assertTrue(transport.value().startswith(b"-ERR [SYS/TEMP]"))
+        self.assertEqual(transport.value(), b"-ERR [SYS/TEMP] server is shutting down\r\n")
 
 
 class ChallengeTests(SynchronousTestCase):

@@ -17,7 +17,14 @@ from twisted.internet.testing import StringTransport
 from twisted.trial.unittest import SynchronousTestCase
 from zope.interface import implementer
 
-from popdrop.proxied import HEADER_SECONDS, BadHeader, ProxiedFactory, read_header
+from popdrop.proxied import (
+    HEADER_SECONDS,
+    STOP_SECONDS,
+    BadHeader,
+    ProxiedFactory,
+    ProxiedPort,
+    read_header,
+)
 
 SIGNATURE = bytes.fromhex("0d0a0d0a000d0a515549540a")
 """As the specification prints it (section 2.2)."""
@@ -128,6 +135,15 @@ class Inner(Protocol):
 
     def connectionLost(self, reason: Any = None) -> None:
         self.seen.append("lost")
+
+
+class _Plain:
+    """A port that stops at once."""
+
+    stopped = False
+
+    def stopListening(self) -> None:
+        self.stopped = True
 
 
 class ConnectionTests(SynchronousTestCase):
@@ -241,12 +257,25 @@ class ConnectionTests(SynchronousTestCase):
         protocol.dataReceived(GOOD[0][0])
         self.assertTrue(transport.disconnected)
 
-    def test_stopped_while_waiting(self) -> None:
-        self.factory.doStart()
-        waiting, transport = self.connect()
-        served, other = self.connect()
-        served.dataReceived(GOOD[0][0])
-        self.factory.doStop()
-        self.assertEqual((transport.disconnected, other.disconnected), (True, False))
+    def test_a_stop_waits_for_headers(self) -> None:
+        """A second: who has connected before the stop is greeted, if his proxy does its part."""
+        plain = _Plain()
+        port = ProxiedPort(plain, self.factory)
+        late, in_time = self.connect()
+        silent, never = self.connect()
+        silent.dataReceived(GOOD[0][0][:5])
+        stopped = port.stopListening()
+        self.assertEqual((plain.stopped, never.disconnected), (True, False))
+        self.clock.advance(STOP_SECONDS / 2)
+        late.dataReceived(GOOD[0][0])
+        self.assertEqual(in_time.value(), b"+OK\r\n")
+        self.assertNoResult(stopped)
+        self.clock.pump([STOP_SECONDS / 2, 0])
+        self.successResultOf(stopped)
+        self.assertEqual((in_time.disconnected, never.disconnected), (False, True))
         self.assertEqual(self.clock.getDelayedCalls(), [])
-        self.assertIsNone(waiting._header)
+
+    def test_a_stop_with_nobody_waiting_takes_no_time(self) -> None:
+        served, _ = self.connect()
+        served.dataReceived(GOOD[0][0])
+        self.successResultOf(ProxiedPort(_Plain(), self.factory).stopListening())

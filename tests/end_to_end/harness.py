@@ -109,7 +109,12 @@ class Twistd:
         self.ports = [int(match[1] or 0) for match in told]
 
     def begin(
-        self, case: object, words: list[str], folder: Path, more: dict[str, str] | None = None
+        self,
+        case: object,
+        words: list[str],
+        folder: Path,
+        more: dict[str, str] | None = None,
+        pass_fds: tuple[int, ...] = (),
     ) -> None:
         """Start `words` in `folder` and read what it says; the case ends it."""
         self.process = subprocess.Popen(
@@ -120,6 +125,7 @@ class Twistd:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            pass_fds=pass_fds,
         )
         case.addCleanup(self.stop)  # type: ignore[attr-defined]
         self._lines: queue.Queue[str | None] = queue.Queue()
