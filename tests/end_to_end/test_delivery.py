@@ -18,6 +18,7 @@ import time
 from hashlib import md5
 from pathlib import Path
 from random import Random
+from typing import Any
 
 from twisted.trial.unittest import SynchronousTestCase
 
@@ -73,8 +74,8 @@ def texts(client: poplib.POP3) -> list[bytes]:
 class Delivering:
     """A child that delivers mails and says the number of each on a line of its own."""
 
-    def __init__(self, case: SpoolCase, command: list[str]) -> None:
-        self._errors = case.folder.path / "deliverer.err"
+    def __init__(self, case: Any, command: list[str], errors_name: str = "deliverer.err") -> None:
+        self._errors: Path = case.folder.path / errors_name
         with self._errors.open("wb") as errors:
             self._child = subprocess.Popen(
                 command,

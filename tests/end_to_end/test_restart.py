@@ -10,8 +10,12 @@ import socket
 import ssl
 import stat
 
+from twisted.trial.unittest import SynchronousTestCase
+
 from popdrop import certs
 from tests.end_to_end.harness import DEADLINE, Twistd, mail
+from tests.end_to_end.rolling import FAREWELL, Rolling
+from tests.end_to_end.rolling import WAITERS as WAITERS_BETWEEN
 from tests.end_to_end.supervised import Door, Served, backlog_limit
 from tests.end_to_end.test_listeners import KindCase
 from tests.end_to_end.test_server import TLS, ServerCase, Wire
@@ -80,7 +84,17 @@ class SuccessionTests(KindCase):
         self.assertTrue(stat.S_ISSOCK(after.st_mode))
 
 
-FAREWELL = b"-ERR [SYS/TEMP] server is shutting down\r\n"
+class RollingTests(SynchronousTestCase):
+    """The short form of `tests.end_to_end.rolling`, which says what it does."""
+
+    def test_no_client_and_no_mail_is_lost(self) -> None:
+        counts = Rolling(self, restarts=2).run()
+        self.assertEqual(counts.faults(), {}, counts.table())
+        self.assertEqual(counts.finished + counts.told, counts.sessions)
+        self.assertEqual((counts.in_flight, counts.waited), (2, 2 * WAITERS_BETWEEN))
+        self.assertGreaterEqual(counts.told, 2 * counts.in_flight)
+        self.assertGreaterEqual(counts.delivered, counts.fetched)
+        self.assertGreater(counts.fetched, 0)
 
 
 class StopTests(ServerCase):
