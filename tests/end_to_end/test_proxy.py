@@ -13,30 +13,49 @@ from typing import Any
 
 from twisted.trial.unittest import SkipTest
 
+from popdrop import certs
 from tests.end_to_end.harness import DEADLINE, Twistd, environment
+from tests.end_to_end.supervised import Door, Served
 from tests.end_to_end.test_server import ServerCase, Wire
+from tests.test_listeners import has_ipv6
 
 HAPROXY = shutil.which("haproxy", path="/usr/sbin:/usr/bin:/usr/local/sbin")
 CLIENT = "127.0.0.9"
 """Where clients come from, so that they are told from the proxy on 127.0.0.1."""
 PROXIES = ("--trusted-proxies", "127.0.0.1")
 PLAIN = "haproxy:tcp:0:interface=127.0.0.1"
+SIX = "haproxy:tcp6:0:interface=127.0.0.1"
 TLS = "haproxy:tls:{state}/self-made.pem:0:interface=127.0.0.1"
 
 
-class HAProxy:
-    """A real HAProxy on ports of the kernel's choice: for each a server's port and its words."""
+def where(host: str, port: int) -> str:
+    """As HAProxy writes it."""
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
-    def __init__(self, case: ServerCase, *servers: tuple[int, str]) -> None:
+
+class HAProxy:
+    """A real HAProxy on ports of the kernel's choice: for each a server's port and its words.
+
+    It listens at `host`, and reaches the servers at `behind`.
+    """
+
+    def __init__(
+        self,
+        case: ServerCase,
+        *servers: tuple[int, str],
+        host: str = "127.0.0.1",
+        behind: str = "127.0.0.1",
+    ) -> None:
         if HAPROXY is None:
             raise SkipTest("needs the Debian package haproxy")
         lines = ["defaults", " mode tcp", " timeout connect 60s"]
         lines += [" timeout client 120s", " timeout server 120s"]
-        doors = [socket.create_server(("127.0.0.1", 0)) for _ in servers]
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        doors = [socket.create_server((host, 0), family=family) for _ in servers]
         self.ports = [door.getsockname()[1] for door in doors]
         for door, (port, words) in zip(doors, servers, strict=True):
             lines += [f"listen at{port}{words.replace(' ', '')}", f" bind fd@{door.fileno()}"]
-            lines += [f" server popdrop 127.0.0.1:{port} {words}"]
+            lines += [f" server popdrop {where(behind, port)} {words}"]
         path = case.folder.path / "haproxy.cfg"
         path.write_text("\n".join(lines) + "\n")
         self.process = subprocess.Popen(
@@ -90,7 +109,7 @@ class HAProxyTests(ServerCase):
     def proxied(self, *options: str) -> tuple[Twistd, HAProxy]:
         """Four ports: PROXY version 1 and 2 before STLS, then both before TLS."""
         log = ("--session-log", f"json:{self.folder.path}/log")
-        Twistd(self, self.folder, "--stls", "offer").stop()  # makes the certificate
+        certs.self_made(str(self.folder.state), "localhost")
         server = self.serve(
             *PROXIES, *log, *options, listen=(PLAIN, TLS.format(state=self.folder.state))
         )
@@ -119,6 +138,72 @@ class HAProxyTests(ServerCase):
         ended = [each for each in self.records() if each["event"] == "end"]
         self.assertEqual([each["address"] for each in ended], [CLIENT] * 4)
         self.assertEqual([each["port"] for each in ended], mine)
+
+    def test_on_ipv6(self) -> None:
+        """The proxy on IPv6 too, for clients on IPv6 and on IPv4: not its address counts."""
+        if not has_ipv6():
+            raise SkipTest("needs IPv6 on loopback")
+        certs.self_made(str(self.folder.state), "localhost")
+        log = ("--session-log", f"json:{self.folder.path}/log")
+        six = tuple(text.replace("127.0.0.1", "\\:\\:1") for text in (SIX, TLS))
+        listen = tuple(text.format(state=self.folder.state) for text in six)
+        server = self.serve("--trusted-proxies", "::1", "--stls", "require", *log, listen=listen)
+        words = ("send-proxy", "send-proxy-v2")
+        pairs = [(port, word) for port in server.ports for word in words]
+        mine = []
+        for host, client in (("::1", "::1"), ("127.0.0.1", CLIENT)):
+            proxy = HAProxy(self, *pairs, host=host, behind="::1")
+            for number, port in enumerate(proxy.ports):
+                connection = socket.create_connection((host, port), DEADLINE, (client, 0))
+                mine.append((client, connection.getsockname()[1]))
+                if number < 2:
+                    with connection.makefile("rb") as file:
+                        self.assertEqual(file.readline()[:4], b"+OK ")
+                        connection.sendall(b"STLS\r\n")
+                        self.assertEqual(file.readline()[:4], b"+OK ")
+                with (
+                    self.context().wrap_socket(connection) as secured,
+                    secured.makefile("rb") as file,
+                ):
+                    secured.sendall(b"USER bob\r\nPASS hunter2\r\nQUIT\r\n")
+                    wanted = 3 if number < 2 else 4  # with the greeting
+                    self.assertEqual(
+                        [file.readline()[:4] for _ in range(wanted)], [b"+OK "] * wanted
+                    )
+        server.stop()
+        ended = [each for each in self.records() if each["event"] == "end"]
+        self.assertEqual([(each["address"], each["port"]) for each in ended], mine)
+
+    def test_access_rules_ask_about_the_client(self) -> None:
+        """`--deny-net`, `--allow-net` and `--tcp-wrappers`, by STLS's port and by that of TLS."""
+        rules = self.folder.path / "hosts.deny"
+        rules.write_text(f"popdrop: {CLIENT}\n")
+        allowed = self.folder.path / "hosts.allow"
+        allowed.write_text("")
+        files = ("--hosts-allow", str(allowed), "--hosts-deny", str(rules))
+        for options in (
+            ("--deny-net", f"{CLIENT}/32"),
+            ("--allow-net", "127.0.0.8/32"),
+            ("--tcp-wrappers", *files),
+        ):
+            server, proxy = self.proxied(*options)
+            for number, port in enumerate(proxy.ports):
+                answers = []
+                for host in (CLIENT, "127.0.0.8"):
+                    connection = socket.create_connection(("127.0.0.1", port), DEADLINE, (host, 0))
+                    with connection:
+                        try:
+                            if number >= 2:
+                                connection = self.context().wrap_socket(connection)
+                            answers.append(connection.recv(4))
+                        except OSError:
+                            answers.append(b"")
+                        finally:
+                            connection.close()
+                self.assertEqual(answers, [b"", b"+OK "], (options, number))
+            proxy.stop()
+            said = server.stop()
+            self.assertEqual(said.count(f"{CLIENT} refused by"), len(proxy.ports), said)
 
     def test_limits_count_the_clients(self) -> None:
         """One connection an address: the proxy's own is none of them."""
@@ -205,3 +290,23 @@ class HeaderTests(ServerCase):
             client.sendall(b"PROXY TCP4 127.0.0.1 127.0.0.1 4 110\r\nQUIT\r\n")
             answers = client.makefile("rb").read().split(b"\r\n")
         self.assertEqual([answer[:3] for answer in answers], [b"+OK", b"+OK", b""])
+
+    def test_through_a_socket_of_systemds(self) -> None:
+        for host in ("127.0.0.1", "::1"):
+            if ":" in host and not has_ipv6():
+                continue
+            door = Door(self, (host, 0))
+            domain = "INET6" if ":" in host else "INET"
+            listen = f"haproxy:systemd:domain={domain}:index=0"
+            log = ("--session-log", f"json:{self.folder.path}/log{domain}")
+            trusted = ("--trusted-proxies", host, "--cleartext", "always")
+            server = Served(self, self.folder, door, (listen,), *trusted, *log)
+            with socket.create_connection((host, door.ports[0]), DEADLINE) as client:
+                client.sendall(b"PROXY TCP6 2001:db8::7 2001:db8::1 40112 110\r\n")
+                client.sendall(b"USER bob\r\nPASS hunter2\r\nQUIT\r\n")
+                answers = client.makefile("rb").read().split(b"\r\n")
+            self.assertEqual([answer[:3] for answer in answers], [b"+OK"] * 4 + [b""])
+            server.stop()
+            text = (self.folder.path / f"log{domain}").read_text()
+            self.assertIn("2001:db8::7", text)
+            self.assertIn("40112", text)
