@@ -35,7 +35,8 @@ from tests.end_to_end.test_delivery import Delivering
 SECRET = "a shared secret of theirs"
 FAREWELL = b"-ERR [SYS/TEMP] server is shutting down\r\n"
 BOXES = 6
-"""Maildrops with a client and a deliverer each, every third over TLS."""
+"""Maildrops with a client and a deliverer each, every third over TLS. Every second client idles now
+and then until the server ends it; the others see to it that there is always a session."""
 SESSIONS = 20
 """Sessions of theirs that a server has served before it is told to stop."""
 WAITERS = 20
@@ -172,7 +173,7 @@ class Rolling:
         certs.self_made(str(self.folder.state), "localhost")
         self.pem = f"{self.folder.state}/self-made.pem"
         self.door = Door(case, ("127.0.0.1", 0), ("127.0.0.1", 0))
-        self.boxes = [Box(self, f"box{number}", number % 3 == 2) for number in range(BOXES)]
+        self.boxes = [Box(self, number) for number in range(BOXES)]
         for name in ("large", "marked"):
             self.folder.add(name, apop=SECRET)
         self.body = b"".join(b"%07d %s\n" % (n, b"x" * 70) for n in range(LARGE_LINES))
@@ -307,13 +308,14 @@ class Rolling:
 class Box:
     """A maildrop, its deliverer and its client."""
 
-    def __init__(self, rolling: Rolling, name: str, tls: bool) -> None:
+    def __init__(self, rolling: Rolling, number: int) -> None:
         self.rolling = rolling
-        self.name = name
-        self.tls = tls
+        self.name = name = f"box{number}"
+        self.tls = number % 3 == 2
+        self.idles = number % 2 == 0
         rolling.folder.add(name, apop=SECRET)
         self.spool = rolling.folder.spool(name, b"")
-        style = ("fcntl-dot", "dot-fcntl")[len(rolling.folder.path.name + name) % 2]
+        style = ("fcntl-dot", "dot-fcntl")[number % 2]
         program = str(ROOT / "tests" / "end_to_end" / "deliverer.py")
         words = [sys.executable, program, style, str(self.spool)]
         self.mails = Delivering(rolling, words, f"{name}.err")
@@ -346,7 +348,7 @@ class Box:
         there = 0
         try:
             there = self.fetch(client)
-            if self.random.random() < 0.1:
+            if self.idles and self.random.random() < 0.1:
                 self.wait_for_the_end(client)
             marked = self.there & self.marked
             answer = client.ask("QUIT")
