@@ -299,9 +299,9 @@ class Certificates:
         self._warn_of_age()
 
     @property
-    def ends(self) -> datetime:
-        """When the first of the certificates ends that clients are shown."""
-        return min(pair.ends for pair in self._shown)
+    def ends(self) -> dict[str, datetime]:
+        """When each of the certificates ends that clients are shown, by its file."""
+        return {pair.path: pair.ends for pair in self._shown}
 
     @property
     def refused(self) -> bool:
@@ -456,17 +456,12 @@ class Keyring:
         for certificates in self._known.values():
             certificates.refresh()
 
-    def seconds_left(self) -> float | None:
-        """Until the first certificate ends that clients are shown; less than 0 after that.
-
-        `None` without certificates. For metrics.
-        """
-        now = datetime.now(UTC)
-        left = [(each.ends - now).total_seconds() for each in self._known.values()]
-        return min(left, default=None)
+    def ends(self) -> dict[str, datetime]:
+        """When each of the certificates ends that clients are shown, by its file."""
+        return {path: end for each in self._known.values() for path, end in each.ends.items()}
 
     def refused(self) -> int:
-        """How many sets of files hold a pair that cannot be used. For metrics."""
+        """How many sets of files hold a pair that cannot be used."""
         return sum(each.refused for each in self._known.values())
 
 

@@ -186,6 +186,7 @@ class Options(AuthOptionMixin, usage.Options):
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
         ["hosts-allow", None, None, "Its file for --tcp-wrappers. [/etc/hosts.allow]"],
         ["hosts-deny", None, None, "Its file for --tcp-wrappers. [/etc/hosts.deny]"],
+        ["metrics", None, None, "A file for the ends of certificates, as Prometheus reads it."],
         ["popauth-socket", None, None, "Unix socket where users set their own APOP secret."],
         ["hostname", None, None, "This server's name. [the machine's]"],
     ]

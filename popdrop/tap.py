@@ -61,6 +61,7 @@ from popdrop.interfaces import (
     IStoreFactory,
 )
 from popdrop.inthreads import InThreads
+from popdrop.ops import metrics
 from popdrop.ops.gate import HOSTS_ALLOW, HOSTS_DENY, Gate
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
@@ -234,6 +235,8 @@ class Popdrop(Service):
         self._looking: LoopingCall | None = None
         self._living: LoopingCall | None = None
         self._stopping = False
+        path = options["metrics"]
+        self._metrics = metrics.MetricsFile(os.path.abspath(path)) if path else None
         self.hostname = options["hostname"] or machine_name()
         try:
             self._assemble()
@@ -790,6 +793,7 @@ class Popdrop(Service):
         self._looking = LoopingCall(self._look_at_files)
         self._looking.clock = self._reactor
         self._looking.start(LOOK_SECONDS, now=False)
+        self._lookup_pool.run(self._measure)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, self._hung_up)
         self._tell()
@@ -817,13 +821,22 @@ class Popdrop(Service):
         self._look_at_files().addCallback(lambda _: self._stopping or notify.tell(notify.READY))
 
     def _look_at_files(self) -> Deferred[Any]:
-        refreshed: list[Callable[[], None]] = [self._keyring.refresh, self._rosters.refresh]
+        refreshed: list[Callable[[], None]] = [self._look_at_certificates, self._rosters.refresh]
         if self._gate is not None:
             refreshed.append(self._gate.refresh)
         looks = [self._lookup_pool.run(work) for work in refreshed]
         for look in looks:
             look.addErrback(lambda failure: log.failure("looking at files failed", failure=failure))
         return gatherResults(looks)
+
+    def _look_at_certificates(self) -> None:
+        self._keyring.refresh()
+        self._measure()
+
+    def _measure(self) -> None:
+        if self._metrics is not None:
+            ends = [(path, end.timestamp()) for path, end in self._keyring.ends().items()]
+            self._metrics.write(metrics.certificates(ends, self._keyring.refused()))
 
     def _tell(self) -> None:
         served = zip(self._listeners, self._factories, self._ports, strict=True)

@@ -341,3 +341,34 @@ class RenewalTests(EdgeCase):
         log = server.stop()
         self.assertEqual(log.count("only: renew it"), 1, log)
         self.assertIn(str(Path("live", "localhost", "fullchain.pem")), log)
+
+    def test_metrics(self) -> None:
+        """The end of what is shown, by file, and whether a pair is broken: as Prometheus reads."""
+        path = self.folder.path / "popdrop.prom"
+        ends = datetime.now(UTC).replace(microsecond=0) + timedelta(days=20)
+        self.renew("localhost", not_after=ends)
+        server = self.edge("--metrics", str(path))
+        name = "popdrop_certificate_not_after_seconds"
+        file = f"{self.live}/localhost/fullchain.pem"
+        self.assertIn(f'{name}{{file="{file}"}} {ends.timestamp():.0f}', self.until(path, ""))
+        self.assertEqual(path.stat().st_mode & 0o777, 0o644)
+        self.assertIn("popdrop_certificates_refused 0", path.read_text())
+        (self.live / "mail.example" / "privkey.pem").unlink()
+        server.process.send_signal(signal.SIGHUP)
+        self.until(path, "popdrop_certificates_refused 1\n")
+        ends += timedelta(days=90)
+        self.renew("mail.example")
+        self.renew("localhost", not_after=ends)
+        server.process.send_signal(signal.SIGHUP)
+        found = self.until(path, "popdrop_certificates_refused 0\n")
+        self.assertIn(f'{name}{{file="{file}"}} {ends.timestamp():.0f}', found)
+        # An agent of the textfile collector reads the folder: no draft is left in it.
+        self.assertEqual([each.name for each in path.parent.glob("*.prom*")], [path.name])
+
+    def until(self, path: Path, words: str) -> str:
+        """What the file says once these words are in it."""
+        end = time.monotonic() + DEADLINE
+        while not path.exists() or words not in path.read_text():
+            self.assertLess(time.monotonic(), end, words)
+            time.sleep(0.01)
+        return path.read_text()
