@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import os
 import socket
+from ipaddress import ip_address
 from typing import Any, Final, cast
 
 from twisted.internet import defer
@@ -24,6 +25,8 @@ from twisted.internet.interfaces import (
 from twisted.internet.protocol import Factory
 from twisted.internet.unix import Port
 from zope.interface import implementer
+
+from popdrop.values import normalised
 
 STANDARD_INPUT: Final = 0
 BACKLOG: Final = 1024
@@ -48,6 +51,22 @@ def family(number: int = STANDARD_INPUT) -> socket.AddressFamily | None:
             return None
         known = (socket.AF_INET, socket.AF_INET6)
         return socket.AddressFamily(duplicate.family) if duplicate.family in known else None
+
+
+def is_local(number: int = STANDARD_INPUT) -> bool:
+    """Whether only this machine can reach the socket that the descriptor is; pipes count."""
+    try:
+        duplicate = socket.socket(fileno=os.dup(number))
+    except OSError:
+        return True
+    with duplicate:
+        name = duplicate.getsockname()
+    if not isinstance(name, tuple):
+        return True
+    try:
+        return ip_address(normalised(name[0])).is_loopback
+    except ValueError:
+        return False
 
 
 class _Only(Factory):

@@ -78,6 +78,8 @@ class Listener:
     endpoint: IStreamServerEndpoint
     trusted_address: bool
     certificates: Certificates | None = None
+    descriptor: int | None = None
+    """Of the socket that another program has opened for us, as long as we do not listen."""
 
     @property
     def implicit_tls(self) -> bool:
@@ -123,7 +125,8 @@ def _direct(reactor: object, option: str, text: str, spec: Spec, keyring: Keyrin
         return _systemd(reactor, option, text, spec, keyring)
     if scheme == "stdio" and (family := inherited.family()) is not None:
         connection = cast(IStreamServerEndpoint, inherited.InheritedConnection(reactor, family))
-        return Listener(text, scheme, connection, trusted_address=True)
+        number = inherited.STANDARD_INPUT
+        return Listener(text, scheme, connection, trusted_address=True, descriptor=number)
     if scheme == "unix" and "backlog" not in spec.kwargs:
         endpoint = _twisteds(reactor, option, scheme, f"{text}:backlog={BACKLOG}")
         return Listener(text, scheme, endpoint, trusted_address=False)
@@ -144,13 +147,14 @@ def _systemd(reactor: object, option: str, text: str, spec: Spec, keyring: Keyri
     words = [*spec.args, *(f"{k}={quoted(v)}" for k, v in spec.kwargs.items() if k != "tls")]
     adopted: Any = _twisteds(reactor, option, "systemd", ":".join(["systemd", *words]))
     certificates = None
+    descriptor = adopted.fileno
     if domain == "UNIX":
         adopted = inherited.AdoptedUnixSocket(reactor, adopted.fileno)
     endpoint = cast(IStreamServerEndpoint, adopted)
     if path is not None:
         certificates = keyring.get(path, option=option)
         endpoint = _TLSEndpoint(endpoint, certificates, cast(IReactorTime, reactor))
-    return Listener(text, "systemd", endpoint, domain != "UNIX", certificates)
+    return Listener(text, "systemd", endpoint, domain != "UNIX", certificates, descriptor)
 
 
 def _proxied(
@@ -179,7 +183,7 @@ def _proxied(
         endpoint: Any = _TLSEndpoint(cast(IStreamServerEndpoint, plain), inner.certificates, clock)
     else:
         endpoint = ProxiedEndpoint(inner.endpoint, proxies, clock)
-    return Listener(text, "haproxy", endpoint, True, inner.certificates)
+    return Listener(text, "haproxy", endpoint, True, inner.certificates, inner.descriptor)
 
 
 def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListeningPort]:

@@ -35,7 +35,7 @@ from twisted.plugin import getPlugins
 from twisted.python.failure import Failure
 
 import popdrop
-from popdrop import certs, listeners, notify, record, throttle
+from popdrop import certs, inherited, listeners, notify, record, throttle
 from popdrop.accounts import backends, helperclient, oidc
 from popdrop.accounts.checkers import (
     AccountsChecker,
@@ -162,6 +162,8 @@ def _is_local(listener: listeners.Listener) -> bool:
     """Whether only this machine can reach it."""
     text = listener.text[len("haproxy:") if listener.scheme == "haproxy" else 0 :]
     spec = parse("--listen", text)
+    if listener.descriptor is not None:
+        return inherited.is_local(listener.descriptor)
     if spec.kind.lower() == "unix" or listener.is_pipe:
         return True
     interface = spec.kwargs.get("interface", "")
@@ -597,7 +599,13 @@ class Popdrop(Service):
     def _refuse_root(self) -> None:
         """Root serves strangers only after twistd has given the rights away (decision 18)."""
         parent: Any = self._options.parent or {}
-        if os.geteuid() != 0 or self._options["demo"] or parent.get("uid") is not None:
+        if os.geteuid() != 0 or self._options["demo"]:
+            return
+        if parent.get("euid"):
+            raise ConfigError(
+                "twistd --euid: the server could take root's rights again at any time; leave it out"
+            )
+        if parent.get("uid"):
             return
         if all(map(_is_local, self._listeners)):
             log.warn(
@@ -608,6 +616,17 @@ class Popdrop(Service):
             "started as root: name the user to serve as, for example"
             " twistd --uid popdrop --gid mail popdrop ..., or listen on 127.0.0.1 only"
         )
+
+    def _check_rights(self) -> None:
+        """Whether twistd has given away what it was told to, for good."""
+        parent: Any = self._options.parent or {}
+        kept = 0 in (*os.getresuid(), *os.getresgid(), *os.getgroups())
+        if parent.get("uid") and kept:
+            self._let_go_of_ports()
+            raise StartError(
+                "popdrop: --uid: rights of root's are left (uid or a group is 0); name a user"
+                " outside of group root, and --gid mail"
+            )
 
     # Demo
 
@@ -775,6 +794,7 @@ class Popdrop(Service):
     def startService(self) -> None:
         """Serve."""
         super().startService()  # type: ignore[no-untyped-call]
+        self._check_rights()
         self._listen()
         self._start_helper()
         if self._helper is not None:

@@ -46,7 +46,8 @@ _TABLE = """
 1   stores.mbox.scan stores.mbox.findings
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
-0   errors listing values places asowner inherited notify accounts.dbmfiles accounts.webclient
+1   inherited
+0   errors listing values places asowner notify accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot
 3   accounts.helperspools handing

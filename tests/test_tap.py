@@ -9,6 +9,7 @@ import tempfile
 import trustme
 from twisted.application.service import IService, IServiceMaker
 from twisted.plugin import getPlugins
+from twisted.scripts.twistd import ServerOptions
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop import tap
@@ -228,6 +229,22 @@ class OptionTests(TapCase):
         self.make("--listen", "tcp6:0:interface=\\:\\:1")
         self.patch(tap.os, "geteuid", lambda: 1000)
         self.make("--listen", "tcp:0")
+
+    def test_root_by_another_name(self) -> None:
+        """`--uid 0`, and `--euid`, which leaves the way back open."""
+        self.patch(tap.os, "geteuid", lambda: 0)
+        for words, told in (
+            (["--uid", "0"], "started as root"),
+            (["--uid", "0", "--gid", "8"], "started as root"),
+            (["--uid", "1234", "--gid", "8", "--euid"], "--euid"),
+        ):
+            parent = ServerOptions()
+            parent.parseOptions(
+                [*words, "popdrop", "--listen", "tcp:0", "--state-dir", self.folder]
+            )
+            with self.assertRaises(SystemExit) as caught:
+                makeService(parent.subOptions)
+            self.assertIn(told, str(caught.exception))
 
     def test_demo_leaves_nothing(self) -> None:
         options = Options()

@@ -83,9 +83,6 @@ class Served(Twistd):
         numbers = [each.fileno() for each in door.sockets]
         words = command(folder, *options, listen=listen)
         words[:3] = [sys.executable, "-c", HANDED_ON]
-        if os.geteuid() == 0:
-            # As root it serves whoever may come only where a user is named.
-            words[words.index("popdrop") : words.index("popdrop")] = ["--uid", "0", "--gid", "0"]
         more = {"HANDED_ON": " ".join(map(str, numbers))}
         self.begin(case, words, folder.path, more, tuple(numbers))
 

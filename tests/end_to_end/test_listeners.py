@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import poplib
 import shutil
 import socket
@@ -125,9 +124,6 @@ class KindCase(ServerCase):
         passed += [word for address in addresses for word in ("-l", address)]
         passed += ["--fdname", ":".join(["pop3"] * len(addresses))]
         words = command(self.folder, "--cleartext", "always", *options, listen=listen)
-        # Where this runs as root, it does not serve whoever may connect to systemd's sockets.
-        if os.geteuid() == 0:
-            words[words.index("popdrop") : words.index("popdrop")] = ["--uid", "0", "--gid", "0"]
         child = subprocess.Popen(
             [program, *passed, *words],
             cwd=self.folder.path,
@@ -218,8 +214,6 @@ class KindTests(KindCase):
         log = ("--logfile", f"{self.folder.path}/twistd.log")
         listen = ("stdio:",)
         words = ("--session-log", f"json:{self.folder.path}/log", *options)
-        if os.geteuid() == 0:
-            log += ("--uid", "0", "--gid", "0")
         return command(self.folder, *words, listen=listen, daemon=log)
 
     def ended(self) -> list[dict[str, Any]]:

@@ -72,7 +72,8 @@ class UnitTests(KindCase):
         pem = certs.self_made(str(self.folder.state), "localhost")
         for name in ("fullchain.pem", "privkey.pem"):
             shutil.copy(pem, credentials / name)
-        host, domain = ("::", "INET6") if has_ipv6() else ("127.0.0.1", "INET")
+        # The units' own are [::]; root, whom the tests may run as, serves loopback only.
+        host, domain = ("::1", "INET6") if has_ipv6() else ("127.0.0.1", "INET")
         changes = {
             "%d": str(credentials),
             "/var/lib/popdrop": str(self.folder.state),
@@ -84,10 +85,10 @@ class UnitTests(KindCase):
                 word = word.replace(old, new)
             words.append(word)
         free = self.free_ports(host, len(ports))
-        places = tuple(f"[::]:{port}" if host == "::" else f"{host}:{port}" for port in free)
+        places = tuple(f"[::1]:{port}" if host == "::1" else f"{host}:{port}" for port in free)
         self.activated(places, options=tuple(words))
         for port, implicit in zip(free, (False, True), strict=True):
-            there = socket.create_connection(("127.0.0.1", port), DEADLINE)
+            there = socket.create_connection((host, port), DEADLINE)
             if implicit:
                 self.session(there, self.trusting())
             else:
