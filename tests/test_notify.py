@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import poplib
 import signal
 import socket
 import tempfile
@@ -10,7 +11,7 @@ import tempfile
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop import notify
-from tests.end_to_end.harness import DEADLINE, Folder, Twistd
+from tests.end_to_end.harness import DEADLINE, Folder, Twistd, mail
 
 
 class NotifyCase(SynchronousTestCase):
@@ -85,3 +86,31 @@ class ServerTests(NotifyCase):
         server.process.send_signal(signal.SIGTERM)
         self.assertEqual(next_word(), b"STOPPING=1")
         self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
+
+    def test_ready_after_a_reload_means_that_all_has_been_read(self) -> None:
+        """And a session beside it goes on."""
+        folder = Folder(self)
+        for name in ("alice", "bob"):
+            folder.add(name, apop="a shared secret")
+            folder.spool(name, mail(1))
+        refused = folder.path / "refused"
+        refused.write_text("")
+        listening = self.listen(str(folder.path / "notify"))
+        variables = {"NOTIFY_SOCKET": str(folder.path / "notify")}
+        server = Twistd(self, folder, "--nonauth-file", str(refused), variables=variables)
+        self.assertEqual(listening.recv(200), b"READY=1")
+        beside = server.client()
+        beside.apop("bob", "a shared secret")
+        for names in ("alice\n", "", "alice\n", ""):
+            refused.write_text(names)
+            server.process.send_signal(signal.SIGHUP)
+            self.assertEqual(listening.recv(200)[:11], b"RELOADING=1")
+            self.assertEqual(listening.recv(200), b"READY=1")
+            client = server.client()
+            if names:
+                self.assertRaises(poplib.error_proto, client.apop, "alice", "a shared secret")
+            else:
+                client.apop("alice", "a shared secret")
+            client.quit()
+        self.assertEqual(beside.stat()[0], 1)
+        beside.quit()
