@@ -87,7 +87,7 @@ class ServerTests(NotifyCase):
         self.assertEqual(next_word(), b"STOPPING=1")
         self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
 
-    def test_ready_after_a_reload_means_that_all_has_been_read(self) -> None:
+    def test_lists_of_names_are_read_at_a_reload(self) -> None:
         """And a session beside it goes on."""
         folder = Folder(self)
         for name in ("alice", "bob"):

@@ -8,6 +8,7 @@ import tempfile
 
 import trustme
 from twisted.application.service import IService, IServiceMaker
+from twisted.internet.defer import Deferred
 from twisted.plugin import getPlugins
 from twisted.scripts.twistd import ServerOptions
 from twisted.trial.unittest import SynchronousTestCase
@@ -245,6 +246,28 @@ class OptionTests(TapCase):
             with self.assertRaises(SystemExit) as caught:
                 makeService(parent.subOptions)
             self.assertIn(told, str(caught.exception))
+
+    def test_ready_after_a_reload_means_that_all_has_been_read(self) -> None:
+        """And a server that stops is not ready, whatever signal comes."""
+        service = self.make(*LOOPBACK)
+        told: list[str] = []
+        self.patch(tap.notify, "tell", lambda words: told.append(words.partition("\n")[0]))
+        looks: list[Deferred[None]] = []
+
+        def look() -> Deferred[None]:
+            looks.append(Deferred())
+            return looks[-1]
+
+        self.patch(service, "_look_at_files", look)
+        service.reload()
+        self.assertEqual(told, ["RELOADING=1"])
+        looks[0].callback(None)
+        self.assertEqual(told, ["RELOADING=1", "READY=1"])
+        service.reload()
+        service._stopping = True
+        looks[1].callback(None)
+        service.reload()
+        self.assertEqual((told[2:], len(looks)), (["RELOADING=1"], 2))
 
     def test_demo_leaves_nothing(self) -> None:
         options = Options()
