@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import deferLater
 
+from popdrop.deadlines import Deadlines
 from popdrop.interfaces import IAnswers, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
 from popdrop.ops.gate import Gate
@@ -72,6 +73,7 @@ class POP3Factory(ServerFactory):
         self.throttle = throttle
         self.session_log = session_log
         self.clock = clock
+        self.deadlines = Deadlines(clock)
         self.timing = timing or Timing()
         self.tls = tls
         self.implicit_tls = implicit_tls
@@ -94,6 +96,11 @@ class POP3Factory(ServerFactory):
         self._local: IAddress | None = None
         self._random = b""
         self._gate = gate
+        self.nonce: Callable[[], bytes] = self._nonce
+        """128 random bits as hexadecimal digits, for SCRAM and CRAM-MD5.
+
+        One bound method for all sessions: each keeps it.
+        """
 
     def buildProtocol(  # type: ignore[override]
         self, addr: IAddress | None
@@ -131,8 +138,7 @@ class POP3Factory(ServerFactory):
         stamp = f"<{self._fresh()}.{int(self.clock.seconds())}@{self.policy.hostname}>"
         return stamp.encode("ascii", "replace")
 
-    def nonce(self) -> bytes:
-        """128 random bits as hexadecimal digits, for SCRAM and CRAM-MD5."""
+    def _nonce(self) -> bytes:
         return self._fresh().encode("ascii")
 
     def _fresh(self) -> str:

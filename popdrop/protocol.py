@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import secrets
 import typing
-from collections.abc import Coroutine, Iterator
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any, Final, cast
 
 from OpenSSL.SSL import Error as TLSError
@@ -36,6 +36,7 @@ from zope.interface import implementer
 from popdrop import legacy
 from popdrop.certs import tls_facts
 from popdrop.credentials import FAILED, Cleartext, Credentials
+from popdrop.deadlines import Deadlines, Place
 from popdrop.errors import BadCredentials, PopdropError, TemporaryFailure
 from popdrop.interfaces import IAnswers, IMaildrop, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
@@ -83,6 +84,8 @@ ASKED_SECONDS: Final = 0.005
 45 us for names that have an account and 37 us for others, and no throttle sees them."""
 NOBODY: Final = UNIXAddress(None)
 """A peer without an address, as long as only a proxy knows it."""
+UNKNOWN: Final = PeerFacts()
+"""Of a peer that has not said anything yet."""
 RECORDED: Final = frozenset(
     {"tls-required", "cleartext", "malformed-response", "apop-account", CHANNEL_BINDING}
 )
@@ -107,6 +110,7 @@ class Home(typing.Protocol):
     throttle: IThrottle
     session_log: ISessionLog
     clock: IReactorTime
+    deadlines: Deadlines
     timing: Timing
     tls: object | None
     implicit_tls: bool
@@ -118,15 +122,13 @@ class Home(typing.Protocol):
     protocols: set[POP3Protocol]
     stopping: bool
     inherits_options: bool
+    nonce: Callable[[], bytes]
 
     def local(self, transport: Any) -> IAddress:
         """Our own address."""
 
     def challenge(self) -> bytes:
         """A fresh APOP challenge, `b""` where APOP is off."""
-
-    def nonce(self) -> bytes:
-        """128 fresh random bits, as hexadecimal digits."""
 
     def forget(self, protocol: POP3Protocol) -> None:
         """A connection is gone."""
@@ -145,12 +147,55 @@ class Home(typing.Protocol):
 class POP3Protocol(Protocol):
     """One connection."""
 
+    # A third of what they would take in a dictionary of more than 30 names, which is not shared.
+    __slots__ = (
+        "_account",
+        "_address",
+        "_admitted",
+        "_again",
+        "_answer_due",
+        "_born",
+        "_choked",
+        "_closing",
+        "_committing",
+        "_drained",
+        "_drop",
+        "_effect",
+        "_entered",
+        "_facts",
+        "_first",
+        "_gone",
+        "_half_closed",
+        "_learned",
+        "_leaving",
+        "_lines",
+        "_mechanism",
+        "_met",
+        "_place",
+        "_progress",
+        "_read_only",
+        "_reason",
+        "_registered",
+        "_rows",
+        "_session",
+        "_spent",
+        "_unread",
+        "_verified",
+        "_working",
+        "connected",
+        "entry",
+        "factory",
+        "transport",
+    )
+
     factory: Home
-    entry: Deferred[bool] | None = None
-    """Whether the client may connect, where a name must be asked for first."""
     transport: Any  # TCP, TLS over it, a Unix socket, standard input
 
     def __init__(self) -> None:
+        self.connected = 0
+        self.entry: Deferred[bool] | None = None
+        """Whether the client may connect, where a name must be asked for first."""
+        self._place: Place | None = None
         self._lines = Lines()
         self._effect: Deferred[None] | None = None
         self._committing = False
@@ -178,7 +223,7 @@ class POP3Protocol(Protocol):
         self._account = b""
         self._entered: bytes | None = None
         self._mechanism: str | None = None
-        self._facts = PeerFacts()
+        self._facts = UNKNOWN
 
     # Connection
 
@@ -190,7 +235,7 @@ class POP3Protocol(Protocol):
         self._session = Session(
             factory.challenge(), factory.policy, factory.implicit_tls, factory.nonce
         )
-        self._timer = factory.clock.callLater(factory.timing.login, self._tick)
+        self._place = factory.deadlines.put(self, factory.timing.login)
         factory.protocols.add(self)
         if factory.stopping or not self._admit():
             self._turn_away()
@@ -273,8 +318,7 @@ class POP3Protocol(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self._gone = self._closing = True
-        if self._timer.active():
-            self._timer.cancel()
+        self._leave_place()
         if self._again is not None:
             self._again.cancel()
             self._again = None
@@ -358,8 +402,9 @@ class POP3Protocol(Protocol):
 
     # Time
 
-    def _tick(self) -> None:
-        """Due at the earliest moment a limit could be reached; one timer a connection."""
+    def tick(self) -> None:
+        """Due at the earliest moment a limit could be reached."""
+        self._place = None
         now = self.factory.clock.seconds()
         timing = self.factory.timing
         if self._closing:
@@ -374,7 +419,7 @@ class POP3Protocol(Protocol):
             limit, since = timing.idle, self._progress
         left = since + limit - now
         if left > 0:
-            self._timer = self.factory.clock.callLater(left, self._tick)
+            self._place = self.factory.deadlines.put(self, left)
             return
         if self._closing or self._choked:
             self._reason = self._reason if self._closing else "write-timeout"
@@ -384,10 +429,15 @@ class POP3Protocol(Protocol):
         self._hang_up(b"", "idle-timeout" if self._session.logged_in else "login-timeout")
 
     def _rearm(self) -> None:
-        """Be called in time for a limit that is nearer than the one the timer waits for."""
-        if self._timer.active():
-            self._timer.cancel()
-        self._timer = self.factory.clock.callLater(CLOSE_GRACE, self._tick)
+        """Be called in time for a limit that is nearer than the one that is waited for."""
+        self._leave_place()
+        if not self._gone:
+            self._place = self.factory.deadlines.put(self, CLOSE_GRACE)
+
+    def _leave_place(self) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            self.factory.deadlines.drop(self, place)
 
     # Input
 

@@ -55,6 +55,17 @@ _OTHER_PROTOCOL = re.compile(rb"(?i)(?:GET|POST|PUT|HEAD|EHLO|HELO|OPTIONS|CONNE
 
 
 _EMPTY: Final = Listing(())
+_NONE: Final[frozenset[int]] = frozenset()
+_NOTHING_DONE: Final = Tally()
+"""Of all sessions before their login; nothing is counted there."""
+
+
+def _with(numbers: set[int] | frozenset[int], more: int) -> set[int]:
+    """`numbers` and one more. A set is made for the first: most sessions idle without one."""
+    if isinstance(numbers, set):
+        numbers.add(more)
+        return numbers
+    return {more}
 
 
 class State(enum.Enum):
@@ -170,6 +181,33 @@ class Session:
     `nonce` gives 128 random bits as hexadecimal digits, others at each call.
     """
 
+    __slots__ = (
+        "_asking",
+        "_bad",
+        "_challenge",
+        "_deleted",
+        "_deleted_octets",
+        "_error_challenge",
+        "_exchange",
+        "_failures",
+        "_first",
+        "_last",
+        "_listing",
+        "_named",
+        "_nonce",
+        "_peer",
+        "_policy",
+        "_questions",
+        "_read_only",
+        "_secured",
+        "_seen",
+        "_state",
+        "_success_challenge",
+        "_waiting",
+        "tally",
+        "user",
+    )
+
     def __init__(
         self,
         challenge: bytes,
@@ -195,13 +233,13 @@ class Session:
         self._waiting: Callable[[], Result] | None = None
         self._listing = _EMPTY
         self._read_only = False
-        self._deleted: set[int] = set()
+        self._deleted: set[int] | frozenset[int] = _NONE
         self._deleted_octets = 0
-        self._seen: set[int] = set()
+        self._seen: set[int] | frozenset[int] = _NONE
         self._last = 0
         self.user: bytes | None = None
         """The name as the client gave it last; raw."""
-        self.tally = Tally()
+        self.tally = _NOTHING_DONE
 
     # What the shell tells
 
@@ -272,6 +310,7 @@ class Session:
     def opened(self, listing: Listing, read_only: bool = False) -> bytes:
         """The login succeeded and the maildrop is held. A `read_only` session deletes nothing."""
         self._state = State.TRANSACTION
+        self.tally = Tally()
         self._read_only = read_only
         self._listing = listing
         self._count()
@@ -327,7 +366,7 @@ class Session:
             return b"+OK\r\n"
         self.tally.retr += 1
         self.tally.retr_octets += octets
-        self._seen.add(fetch.index)
+        self._seen = _with(self._seen, fetch.index)
         self._last = max(self._last, fetch.index + 1)
         return b"+OK %d octets\r\n" % octets
 
@@ -342,7 +381,7 @@ class Session:
         """An effect other than `Login` came to nothing. At QUIT nothing was removed."""
         reply = error.line() + b"\r\n"
         if self._state is State.UPDATE:
-            self._deleted.clear()
+            self._deleted = _NONE
             self._deleted_octets = 0
             self._count()
             return Hangup(reply, "commit-failed")
@@ -637,15 +676,15 @@ class Session:
             return index
         if self._read_only:
             return b"-ERR [SYS/PERM] this login may not delete\r\n"
-        self._deleted.add(index)
+        self._deleted = _with(self._deleted, index)
         self._deleted_octets += self._listing.size(index)
         return b"+OK message %d deleted\r\n" % (index + 1)
 
     def _do_rset(self) -> Result:
-        self._deleted.clear()
+        self._deleted = _NONE
         self._deleted_octets = 0
         # qpopper's RSET takes back what was retrieved, too.
-        self._seen.clear()
+        self._seen = _NONE
         self._last = 0
         return b"+OK\r\n"
 

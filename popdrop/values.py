@@ -5,6 +5,7 @@ from __future__ import annotations
 import ipaddress
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Final, NamedTuple, final
 
 
@@ -201,6 +202,10 @@ def normalised(host: str) -> str:
     return str(address.ipv4_mapped or address)
 
 
+_NO_BINDINGS: Final[Mapping[str, bytes]] = MappingProxyType({})
+"""Of most connections: one for all."""
+
+
 @dataclass(frozen=True, slots=True)
 class PeerFacts:
     """What the shell knows of the other side of a connection.
@@ -216,7 +221,7 @@ class PeerFacts:
     local_port: int | None = None
     tls_version: str | None = None
     tls_cipher: str | None = None
-    bindings: Mapping[str, bytes] = field(default_factory=dict)
+    bindings: Mapping[str, bytes] = field(default_factory=lambda: _NO_BINDINGS)
     certificate_name: str | None = None
 
 
