@@ -14,6 +14,7 @@ from twisted.internet.interfaces import IAddress, IDelayedCall, IReactorTime
 from twisted.internet.protocol import ServerFactory
 from twisted.internet.task import deferLater
 
+from popdrop.accepting import Complaint
 from popdrop.deadlines import Deadlines
 from popdrop.interfaces import IAnswers, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
@@ -27,6 +28,8 @@ LOGINS_A_TURN: Final = 16
 """Logins that begin in one turn of the reactor: some 70 us each, before a thread has them."""
 TURN_SECONDS: Final = 0.002
 """What counts as one turn, so that no timer is needed where few log in."""
+TURNED_AWAY_QUIET: Final = 1.0
+"""Seconds between two lines in the log about too many connections."""
 STOP_STEP: Final = 0.05
 """Seconds between two looks at the connections that are left when the server stops."""
 
@@ -74,6 +77,7 @@ class POP3Factory(ServerFactory):
         self.session_log = session_log
         self.clock = clock
         self.deadlines = Deadlines(clock)
+        self.crowd = Complaint(clock, TURNED_AWAY_QUIET)
         self.timing = timing or Timing()
         self.tls = tls
         self.implicit_tls = implicit_tls

@@ -34,6 +34,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from popdrop import legacy
+from popdrop.accepting import FAREWELL, Complaint
 from popdrop.certs import tls_facts
 from popdrop.credentials import FAILED, Cleartext, Credentials
 from popdrop.deadlines import Deadlines, Place
@@ -90,6 +91,7 @@ RECORDED: Final = frozenset(
     {"tls-required", "cleartext", "malformed-response", "apop-account", CHANNEL_BINDING}
 )
 """Refusals that are failed logins, and so belong into the session log."""
+SHUTTING_DOWN: Final = b"-ERR [SYS/TEMP] server is shutting down\r\n"
 TLS_RECORD: Final = b"\x16\x03"
 """How a TLS handshake begins: on a plain port it is a client with a wrong setting."""
 
@@ -111,6 +113,7 @@ class Home(typing.Protocol):
     session_log: ISessionLog
     clock: IReactorTime
     deadlines: Deadlines
+    crowd: Complaint
     timing: Timing
     tls: object | None
     implicit_tls: bool
@@ -273,14 +276,16 @@ class POP3Protocol(Protocol):
 
     def _turn_away(self) -> None:
         stopping = self.factory.stopping
-        words = "server is shutting down" if stopping else "too many connections, try again later"
-        log.info("{why}: {peer} turned away", why=words, peer=self._host())
+        if stopping:
+            log.info("server is shutting down: {peer} turned away", peer=self._host())
+        else:
+            self.factory.crowd.say("too many connections: {peer} turned away", peer=self._host())
         if self.factory.implicit_tls:
             # Nothing can be said before the handshake, and it may never come.
             self._reason, self._closing = "limit", True
             self._abort()
         else:
-            self._hang_up(f"-ERR [SYS/TEMP] {words}\r\n".encode("ascii"), "limit")
+            self._hang_up(SHUTTING_DOWN if stopping else FAREWELL, "limit")
 
     def _admit(self) -> bool:
         self._admitted = self.factory.throttle.admit(self._address)
@@ -391,7 +396,7 @@ class POP3Protocol(Protocol):
             if waited >= STOP_CLOSE_GRACE and (over or late) and not self._committing:
                 self._abort()
         elif self._effect is None and self._rows is None:
-            self._hang_up(b"-ERR [SYS/TEMP] server is shutting down\r\n", "shutdown")
+            self._hang_up(SHUTTING_DOWN, "shutdown")
         elif late and not self._committing:
             self._reason = "shutdown"
             self._abort()

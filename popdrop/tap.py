@@ -36,6 +36,7 @@ from twisted.python.failure import Failure
 
 import popdrop
 from popdrop import certs, inherited, listeners, notify, record, throttle
+from popdrop.accepting import outlive_shortage
 from popdrop.accounts import backends, helperclient, oidc
 from popdrop.accounts.checkers import (
     AccountsChecker,
@@ -713,6 +714,7 @@ class Popdrop(Service):
                 self._listeners.append(listener)
                 self._factories.append(factory)
                 self._ports.append(port)
+                outlive_shortage(port, self._reactor, listener.implicit_tls)
                 factory.inherits_options = _set_options(port)
                 continue
             if self._default_listeners and "\\:" in listener.text.rpartition("interface")[2]:

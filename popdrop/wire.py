@@ -80,16 +80,19 @@ class Lines:
         return line
 
     def _shed(self) -> Overlong | None:
-        waiting = len(self)
+        if self._position:
+            # Nothing of the read stays, up to 64 KiB, but the beginning of a line.
+            self._buffer, self._position = self._buffer[self._position :], 0
+        waiting = len(self._buffer)
         is_over = waiting > self.limit
         if is_over and not self._dropped:
-            begin = self._buffer[self._position : self._position + len(_AUTH)]
+            begin = self._buffer[: len(_AUTH)]
             is_over = waiting > self._allowed(begin)
         if self._dropped or is_over:
             # The last octet may be the CR of the line's end, which does not count.
             keep = 1 if self._buffer.endswith(b"\r") else 0
             self._dropped += waiting - keep
-            self._buffer, self._position = self._buffer[len(self._buffer) - keep :], 0
+            self._buffer = self._buffer[waiting - keep :]
             if self._dropped > ENDLESS_LIMIT:
                 return Overlong.ENDLESS
         return None

@@ -56,7 +56,7 @@ _TABLE = """
 3   accounts.doorman
 2   accounts.pace
 1   accounts.helperwire
-0   accounts.supervisor deadlines
+0   accounts.supervisor deadlines accepting
 5   cli.show
 4   cli.common
 """
