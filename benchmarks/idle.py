@@ -1,10 +1,10 @@
 """`python -m benchmarks.idle`: what a connection costs that does nothing, and 11,000 of them.
 
-- Memory of the server for a connection before its login, logged in with an empty maildrop, and both
-  over TLS: the resident and the proportional set (`smaps_rollup`, proc(5)) of its process with so
-  many connections, less the same with `WARM` of them, divided. The kernel's own memory for a socket
-  is not in it.
-- 10,000 plain connections and 1,000 of TLS, held at once, and meanwhile the round trips of NOOP of
+- Memory of the server for a connection before its login, logged in with an empty maildrop, both
+  over TLS, and after LIST, UIDL and a RETR in one of `MESSAGES` messages: the resident and the
+  proportional set (`smaps_rollup`, proc(5)) of its process with so many connections, less the same
+  with `WARM` of them, divided. The kernel's own memory for a socket is not in it.
+- 10,000 plain connections and 1,000 of TLS, held at once, and meanwhile the round trips of CAPA of
   another session: before, while they come, and while they stay.
 
 The clients come from many addresses of 127.0.0.0/8, so that neither ports nor the throttle's limit
@@ -35,6 +35,7 @@ from benchmarks.tls import SecurePopdrop
 
 WARM = 200
 """Connections that are there before the first measurement: all has been used once, and stays so."""
+MESSAGES = 10
 OF_ONE_ADDRESS = 40
 """Clients with one address; the throttle's default limit is 50."""
 OPEN_FILES = 40_000
@@ -44,7 +45,7 @@ FILES_OF_A_LOGIN = 3
 PATIENCE = 120.0
 """Seconds after which a client gives up; no figure depends on it."""
 PAUSE = 0.002
-"""Seconds between two NOOPs."""
+"""Seconds between two questions of the other session."""
 
 _ADD_USERS = """\
 import sys
@@ -92,14 +93,35 @@ def memory(pid: int) -> tuple[int, int]:
     return found["Rss:"], found["Pss:"]
 
 
-class Crowd:
-    """Clients that stay. `secure`: on the TLS port; `log_in`: each as a user of its own."""
+def answer(client: socket.socket) -> None:
+    """Read a multi-line answer."""
+    octets = b""
+    while not octets.endswith(b"\r\n.\r\n"):
+        more = client.recv(65_536)
+        if not more or octets[:4] == b"-ERR":
+            raise Failed("no answer")
+        octets += more
 
-    def __init__(self, server: IdlePopdrop, network: int, secure: bool, log_in: bool) -> None:
+
+class Crowd:
+    """Clients that stay. `secure`: on the TLS port; `log_in`: each as a user of its own.
+
+    `work`: each looks through its maildrop before it falls silent.
+    """
+
+    def __init__(
+        self,
+        server: IdlePopdrop,
+        network: int,
+        secure: bool = False,
+        log_in: bool = False,
+        work: bool = False,
+    ) -> None:
         self._server = server
         self._network = network
         self._secure = secure
         self._log_in = log_in
+        self._work = work
         self._clients: list[socket.socket] = []
         self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
         self._context.check_hostname = False
@@ -135,26 +157,46 @@ class Crowd:
             client.sendall(f"APOP u{number} {digest}\r\n".encode())
             if not client.recv(512).startswith(b"+OK"):
                 raise Failed(f"client {number} could not log in")
+        if self._work:
+            for command in (b"LIST\r\n", b"UIDL\r\n", b"RETR 1\r\n"):
+                client.sendall(command)
+                answer(client)
         return client
 
 
-def costs(users: int, count: int, secure: bool, log_in: bool) -> str:
+def costs(count: int, secure: bool, log_in: bool, work: bool) -> str:
     """A line: memory of one of `count` connections."""
+    users = [f"u{number}" for number in range(WARM + count)] if log_in else []
     with ExitStack() as stack:
-        server = stack.enter_context(serving([f"u{n}" for n in range(users)], IdlePopdrop))
-        crowd = stack.enter_context(Crowd(server, 1, secure, log_in))
+        server = stack.enter_context(serving(users, IdlePopdrop))
+        if work:
+            small = server.folder / "small"
+            small.write_bytes(b"".join(message(number) for number in range(MESSAGES)))
+            for user in users:
+                server.place(small, user)
+        crowd = stack.enter_context(Crowd(server, 1, secure, log_in, work))
         crowd.grow(WARM)
         before = memory(server.pid)
         crowd.grow(WARM + count)
         after = memory(server.pid)
     rss, pss = ((late - early) / count / 1024 for early, late in zip(before, after, strict=True))
-    kind = f"{'TLS' if secure else 'plain'}, {'logged in' if log_in else 'before login'}"
+    kind = "logged in" if log_in else "before login"
+    kind += f", {MESSAGES} messages, after LIST, UIDL, RETR" * work
     base = f"{before[0] / 2**20:.1f} MiB with {WARM}, {after[0] / 2**20:.1f} with {WARM + count}"
-    return f"{kind}: {rss:.2f} KiB RSS, {pss:.2f} KiB PSS each ({base})"
+    where = "TLS" if secure else "plain"
+    return f"{where}, {kind}: {rss:.2f} KiB RSS, {pss:.2f} KiB PSS each ({base})"
+
+
+def message(number: int) -> bytes:
+    """A short mail in a spool."""
+    return (
+        b"From alice@example.org Sun Nov 22 10:00:00 2026\nFrom: <alice@example.org>\n"
+        b"Subject: mail %d\n\nA line of text.\n\n" % number
+    )
 
 
 def watch(port: int, control: Connection) -> None:
-    """NOOP after NOOP until told to stop; at each word, what was seen since the one before."""
+    """CAPA after CAPA until told to stop; at each word, what was seen since the one before."""
     with socket.create_connection(("127.0.0.1", port), PATIENCE) as client:
         client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         client.recv(512)
@@ -162,12 +204,7 @@ def watch(port: int, control: Connection) -> None:
         while True:
             began = time.perf_counter()
             client.sendall(b"CAPA\r\n")
-            answer = b""
-            while not answer.endswith(b"\r\n.\r\n"):
-                more = client.recv(4096)
-                if not more:
-                    raise Failed("the watcher was hung up on")
-                answer += more
+            answer(client)
             seen.append((time.perf_counter() - began) * 1e3)
             if control.poll(PAUSE):
                 control.send(seen)
@@ -196,7 +233,7 @@ def hold(plain: int, secure: int) -> None:
         _told(control, "before")
         began, cpu = time.perf_counter(), tree_cpu(server.pid)
         for network, (number, is_secure) in enumerate(((plain, False), (secure, True)), 1):
-            stack.enter_context(Crowd(server, network, is_secure, log_in=False)).grow(number)
+            stack.enter_context(Crowd(server, network, is_secure)).grow(number)
         took = time.perf_counter() - began
         _told(control, f"while they come ({took:.1f} s)")
         cpu = tree_cpu(server.pid) - cpu
@@ -219,7 +256,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--tls", type=int, default=1000, metavar="N", help="(%(default)s)")
     parser.add_argument("--held", type=int, default=10_000, metavar="N", help="(%(default)s)")
     parser.add_argument(
-        "--only", choices=("plain", "login", "tls", "tls-login", "held"), help="(all)"
+        "--only", choices=("plain", "login", "work", "tls", "tls-login", "held"), help="(all)"
     )
     given = parser.parse_args(argv)
     hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
@@ -229,15 +266,17 @@ def main(argv: list[str] | None = None) -> int:
     except ValueError:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     most = hard - SPARE_FILES
+    sessions = min(given.count, most // FILES_OF_A_LOGIN - WARM)
     kinds = {
-        "plain": (min(given.count, most - WARM), False, False),
-        "login": (min(given.count, most // FILES_OF_A_LOGIN - WARM), False, True),
-        "tls": (given.tls, True, False),
-        "tls-login": (given.tls, True, True),
+        "plain": (min(given.count, most - WARM), False, False, False),
+        "login": (sessions, False, True, False),
+        "work": (sessions, False, True, True),
+        "tls": (given.tls, True, False, False),
+        "tls-login": (given.tls, True, True, False),
     }
-    for name, (count, secure, log_in) in kinds.items():
+    for name, of_what in kinds.items():
         if given.only in (None, name):
-            print(costs(WARM + count if log_in else 1, count, secure, log_in), flush=True)
+            print(costs(*of_what), flush=True)
     if given.only in (None, "held"):
         hold(min(given.held, most - given.tls), given.tls)
     return 0

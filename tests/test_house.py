@@ -233,6 +233,22 @@ class HouseTests(SynchronousTestCase):
         found = [(path, line) for path, text in sources("popdrop") for line in prints(text)]
         self.assertEqual([hit for hit in found if hit[0].parts[1] != "cli"], [])
 
+    def test_nobody_parses_mail(self) -> None:
+        """Others had their worst bugs there (CVE-2020-12100, CVE-2026-27859): octets are sent."""
+        wrong = []
+        for path, text in sources("popdrop"):
+            for node in ast.walk(ast.parse(text)):
+                names = [each.name for each in node.names] if isinstance(node, ast.Import) else []
+                if isinstance(node, ast.ImportFrom):
+                    names = [node.module or ""]
+                # `formatdate` writes the demo's mail.
+                wrong += [
+                    (path, name)
+                    for name in names
+                    if re.match(r"(email|mailbox|mimetypes|quopri)\b(?!\.utils$)", name)
+                ]
+        self.assertEqual(wrong, [])
+
     def test_no_word_of_one_machine(self) -> None:
         words = machine_words()
         seen = 0
