@@ -34,7 +34,7 @@ from popdrop.stores.mbox import drop as drop_module
 from popdrop.stores.mbox import identity as identity_module
 from popdrop.stores.mbox import locks as locks_module
 from popdrop.stores.mbox import spool as spool_module
-from popdrop.stores.mbox.drop import CORRUPT, MboxDrop, plan
+from popdrop.stores.mbox.drop import _NO_SPANS, CORRUPT, MboxDrop, plan
 from popdrop.stores.mbox.journal import Files, Journals
 from popdrop.stores.mbox.store import MboxFactory, MboxStore
 from popdrop.stores.template import Template
@@ -1260,6 +1260,14 @@ for number in range(count):
             % (name.encode(), number, body))
     time.sleep(chance.random() / 500)
 """
+
+
+class EmptyTests(SynchronousTestCase):
+    def test_what_all_empty_maildrops_share_cannot_grow(self) -> None:
+        for column in _NO_SPANS.columns():
+            self.assertRaises(BufferError, column.append, 1)
+            self.assertRaises(BufferError, column.extend, [1])
+        self.assertEqual(len(_NO_SPANS), 0)
 
 
 class ConcurrencyTests(MboxCase):
