@@ -213,6 +213,31 @@ class HalfOpenTests(EdgeCase):
             return int(statm.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
+class InjectionTests(EdgeCase):
+    """CVE-2021-38084, CVE-2021-38542 (mbox-safety 3 and 4)."""
+
+    def test_a_second_segment_before_the_handshake(self) -> None:
+        """It is taken for the handshake, which fails: no command of it is answered."""
+        server = self.edge("--cleartext", "always")
+        plain = self.both(server)[0]
+        plain.send(b"USER bob\r\nPASS hunter2\r\n")
+        answer = plain.rest()
+        self.assertNotIn(b"+OK", answer)
+        self.assertNotIn(b"-ERR", answer)
+        server.wait_for("TLS with 127.0.0.1 failed")
+        self.assertNotIn("login user", server.stop())
+
+    def test_what_is_no_stls_begins_no_tls(self) -> None:
+        """A blank behind it makes it another command, and what follows it is answered."""
+        server = self.edge()
+        for stls in (b"STLS \r\n", b"STLS now\r\n"):
+            wire = Wire(self, server.ports[0])
+            wire.line()
+            wire.send(stls + b"UTF8\r\n")
+            self.assertTrue(wire.line().startswith(b"-ERR"))
+            self.assertEqual(wire.line(), b"+OK UTF8 enabled\r\n")
+
+
 class VersionTests(EdgeCase):
     """POODLE, CRIME, Lucky13 (mbox-safety 41)."""
 
