@@ -101,7 +101,11 @@ class Listening(socket.socket):
 
 
 def outlive_shortage(port: Any, clock: IReactorTime, implicit_tls: bool) -> None:
-    """Let a listening port outlive a shortage, if it is one of Twisted's with a socket."""
+    """Let a listening port outlive a shortage, if it is one of Twisted's with a socket.
+
+    Or if it is over such a one, which it has as `plain`.
+    """
+    port = getattr(port, "plain", port)
     if isinstance(getattr(port, "socket", None), socket.socket):
         port.socket = Listening(port, clock, implicit_tls)
         port.fileno = port.socket.fileno

@@ -279,21 +279,21 @@ class ProxiedPort:
     """The port of a `ProxiedFactory`."""
 
     def __init__(self, plain: Any, factory: ProxiedFactory) -> None:
-        self._plain = plain
+        self.plain = plain
         self._factory = factory
 
     @property
     def socket(self) -> Any:
         """The listening socket, where there is one."""
-        return getattr(self._plain, "socket", None)
+        return getattr(self.plain, "socket", None)
 
     def startListening(self) -> None:
         """As the plain port does."""
-        self._plain.startListening()
+        self.plain.startListening()
 
     def getHost(self) -> IAddress:
         """Where it listens."""
-        return cast(IAddress, self._plain.getHost())
+        return cast(IAddress, self.plain.getHost())
 
     def stopListening(self) -> Deferred[None]:
         """Take no more connections. Fires when all that were taken have brought their headers.
@@ -306,7 +306,7 @@ class ProxiedPort:
     async def _stop(self) -> None:
         clock = self._factory.clock
         end = clock.seconds() + STOP_SECONDS
-        await maybeDeferred(self._plain.stopListening)
+        await maybeDeferred(self.plain.stopListening)
         while waiting := self._factory.waiting():
             if clock.seconds() >= end:
                 for each in waiting:
@@ -322,7 +322,7 @@ class ProxiedEndpoint:
     def __init__(
         self, plain: IStreamServerEndpoint, trusted: tuple[Network, ...], clock: IReactorTime
     ) -> None:
-        self._plain = plain
+        self.plain = plain
         self._trusted = trusted
         self._clock = clock
 
@@ -333,5 +333,5 @@ class ProxiedEndpoint:
         def with_headers(port: IListeningPort) -> IListeningPort:
             return cast(IListeningPort, ProxiedPort(port, proxied))
 
-        listening = self._plain.listen(cast(IProtocolFactory, proxied))
+        listening = self.plain.listen(cast(IProtocolFactory, proxied))
         return listening.addCallback(with_headers)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import socket
 
+from twisted.internet.protocol import Factory
 from twisted.internet.task import Clock
 from twisted.logger import globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from popdrop.accepting import QUIET, Complaint, Listening
+from popdrop.accepting import QUIET, Complaint, Listening, outlive_shortage
+from popdrop.proxied import ProxiedFactory, ProxiedPort
 
 
 class ComplaintTests(SynchronousTestCase):
@@ -79,3 +81,13 @@ class ListeningTests(SynchronousTestCase):
         self.assertFalse(self.port.reading)
         self.clock.advance(10)
         self.assertTrue(self.port.reading)
+
+    def test_behind_a_proxy(self) -> None:
+        """Of a port over another it is the other that accepts."""
+        plain = Port()
+        factory = ProxiedFactory(Factory(), (), self.clock)  # type: ignore[arg-type]
+        port = ProxiedPort(plain, factory)
+        outlive_shortage(port, self.clock, False)  # type: ignore[arg-type]
+        self.addCleanup(plain.socket.close)
+        self.assertIsInstance(plain.socket, Listening)
+        self.assertIs(port.socket, plain.socket)
