@@ -40,6 +40,7 @@ from popdrop.certs import Certificates, Keyring
 from popdrop.errors import ConfigError
 from popdrop.inherited import BACKLOG
 from popdrop.proxied import ProxiedEndpoint
+from popdrop.sending import prompt
 from popdrop.spec import Spec, parse, quoted
 from popdrop.values import Network, PeerFacts, normalised
 
@@ -199,7 +200,7 @@ def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListening
         told = ConfigError(f"--listen {listener.text}: cannot listen: {words}; {hint}")
         return Failure(told)  # type: ignore[no-untyped-call]
 
-    return listener.endpoint.listen(factory).addErrback(explain)
+    return listener.endpoint.listen(factory).addCallbacks(prompt, explain)
 
 
 def peer_facts(peer: IAddress, local: IAddress | None = None, trusted: bool = True) -> PeerFacts:

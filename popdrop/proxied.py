@@ -31,6 +31,7 @@ from twisted.python.failure import Failure
 from zope.interface import alsoProvides, implementer
 
 from popdrop.policy import is_in
+from popdrop.sending import prompt
 from popdrop.values import Network, normalised
 
 __all__ = ["BadHeader", "Header", "ProxiedEndpoint", "ProxiedFactory", "ProxiedPort", "read_header"]
@@ -279,7 +280,7 @@ class ProxiedPort:
     """The port of a `ProxiedFactory`."""
 
     def __init__(self, plain: Any, factory: ProxiedFactory) -> None:
-        self.plain = plain
+        self.plain: Any = prompt(plain)
         self._factory = factory
 
     @property

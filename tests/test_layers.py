@@ -47,7 +47,7 @@ _TABLE = """
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
 1   inherited
-0   errors listing values places asowner notify accounts.dbmfiles accounts.webclient
+0   errors listing values places sending asowner notify accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot
 3   accounts.helperspools handing
