@@ -2,14 +2,17 @@
 
 - The longest wait of a logged-in session that sends NOOP after NOOP, while 200 others log in by
   password at once; and the longest in as much time without them, which is the machine's own.
-- Processor time of the server for a login by APOP: of the session `connect, CAPA, APOP, QUIT` over
-  that of the bare session `connect, CAPA, QUIT`, one after another and sixteen at once. Of the same
-  with a wrong digest, too, which is verification and log line without a maildrop.
+- Processor time of the server for a login by APOP, over the same session without the work of
+  authentication: with a checker that says yes at once, without a look at account and digest.
+- Processor time of the server for all that a login brings, maildrop and log lines included: of the
+  session `connect, CAPA, APOP, QUIT` over `connect, CAPA, QUIT`, one after another and sixteen at
+  once. Of the same with a wrong digest, too, which is verification and log line without a maildrop.
 """
 
 from __future__ import annotations
 
 import argparse
+import sys
 import threading
 import time
 from collections.abc import Callable
@@ -20,6 +23,25 @@ from benchmarks.mechanisms import Client, apop, user_pass
 from benchmarks.peers import Popdrop
 from benchmarks.process import tree_cpu
 from benchmarks.scene import serving
+
+_UNCHECKED = """
+from functools import lru_cache
+from twisted.internet.defer import succeed
+from popdrop.accounts.checkers import AccountsChecker
+from popdrop.values import Account, Verified
+seen = lru_cache(None)(lambda name: Verified(Account(name)))
+AccountsChecker.requestAvatarId = lambda self, given: succeed(seen(given.username))
+from twisted.scripts.twistd import run
+run()
+"""
+
+
+class Unchecked(Popdrop):
+    """Lets in whoever comes: nothing is looked up, and no digest is computed."""
+
+    def _twistd(self) -> list[str]:
+        return [sys.executable, "-c", _UNCHECKED]
+
 
 SPOOLS = 64
 """Users who log in by turns, so that nobody finds his maildrop in use."""
@@ -115,6 +137,21 @@ def costs(server: Popdrop, count: int, runs: int, at_once: int) -> str:
     )
 
 
+def authentication(server: Popdrop, unchecked: Popdrop, count: int, runs: int, at_once: int) -> str:
+    """A line with the medians of so many runs, by turns."""
+    found: dict[Popdrop, list[float]] = {server: [], unchecked: []}
+    for number in range(runs + 1):
+        for each, costs in found.items():
+            used = cpu(each, with_apop, count if number else 50, at_once)
+            if number:
+                costs.append(used * 1e3)
+    checked, bare = (median(each) for each in found.values())
+    return (
+        f"CPU of the server, {at_once} at once: APOP session {checked:.3f} ms,"
+        f" without authentication {bare:.3f} ms ({checked - bare:+.3f})"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.logins", description=__doc__)
@@ -134,6 +171,9 @@ def main(argv: list[str] | None = None) -> int:
             )
         for at_once in (1, 16):
             print(costs(server, given.sessions, given.runs, at_once))
+        with serving(["watcher", *users], Unchecked) as unchecked:
+            for at_once in (1, 16):
+                print(authentication(server, unchecked, given.sessions, given.runs, at_once))
     return 0
 
 
