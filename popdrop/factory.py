@@ -40,7 +40,8 @@ class POP3Factory(ServerFactory):
     `tls` is the context factory of STLS, `None` without it. `proof_key` is a random key of this
     process, for the throttle. `takeover` is in seconds, 0 for never: a session idle for so long
     yields to a new one of its account. `holders` are the logged-in sessions by account, over all
-    listeners of a service. `answers` are the accounts, for mechanisms that ask before the login;
+    listeners of a service; `ask_others` asks other processes, which know of more, to let a session
+    of this account yield so. `answers` are the accounts, for mechanisms that ask before the login;
     `None` where no such mechanism is offered. `gate` are the access rules. `proxied`: our own
     address is another for each connection, as its PROXY header says. `emptied` is called when the
     last connection is gone and done with.
@@ -67,6 +68,7 @@ class POP3Factory(ServerFactory):
         proof_key: bytes = b"",
         takeover: float = 0.0,
         holders: dict[bytes, POP3Protocol] | None = None,
+        ask_others: Callable[[bytes], None] | None = None,
         answers: IAnswers | None = None,
         gate: Gate | None = None,
     ) -> None:
@@ -88,6 +90,7 @@ class POP3Factory(ServerFactory):
         self.proof_key = proof_key or secrets.token_bytes(32)
         self.takeover = takeover
         self.holders: dict[bytes, POP3Protocol] = {} if holders is None else holders
+        self.ask_others = ask_others
         self.protocols: set[POP3Protocol] = set()
         self._leaving: dict[IDelayedCall, IAddress] = {}
         self.stopping = False

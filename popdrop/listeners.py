@@ -31,6 +31,7 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamServerEndpoint,
 )
+from twisted.internet.unix import Port as UNIXPort
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -44,7 +45,7 @@ from popdrop.sending import prompt
 from popdrop.spec import Spec, parse, quoted
 from popdrop.values import Network, PeerFacts, normalised
 
-__all__ = ["Listener", "from_spec", "listen", "normalised", "peer_facts"]
+__all__ = ["Listener", "from_parent", "from_spec", "listen", "normalised", "peer_facts"]
 
 EXAMPLES = {
     "tcp": "tcp:110 or tcp:1110:interface=127.0.0.1",
@@ -185,6 +186,28 @@ def _proxied(
     else:
         endpoint = ProxiedEndpoint(inner.endpoint, proxies, clock)
     return Listener(text, "haproxy", endpoint, True, inner.certificates, inner.descriptor)
+
+
+def from_parent(
+    reactor: object, text: str, keyring: Keyring, descriptor: int, trusted_address: bool
+) -> Listener:
+    """What `--listen text` describes, over a listening socket that the parent has bound.
+
+    The descriptor is closed when it listens. Raises `ConfigError`.
+    """
+    option = f"--listen {text}"
+    spec = parse("--listen", text)
+    scheme = spec.kind.lower()
+    plain = _Inherited(reactor, descriptor)
+    if scheme in ("tls", "ssl"):
+        certificates = _tls(reactor, option, text, scheme, spec, keyring).certificates
+    elif scheme == "systemd" and "tls" in spec.kwargs:
+        certificates = keyring.get(spec.kwargs["tls"], option=option)
+    else:
+        return Listener(text, scheme, plain, trusted_address)
+    assert certificates is not None
+    tls = _TLSEndpoint(plain, certificates, cast(IReactorTime, reactor))
+    return Listener(text, scheme, tls, trusted_address, certificates)
 
 
 def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListeningPort]:
@@ -374,6 +397,42 @@ class _EveryAddress:
             refused = CannotListenError("::", self._port, error)  # type: ignore[no-untyped-call]
             raise refused from error
         return cast(IListeningPort, port)
+
+
+@implementer(IStreamServerEndpoint)
+class _Inherited:
+    """A listening socket that several processes accept from."""
+
+    def __init__(self, reactor: object, descriptor: int) -> None:
+        self._reactor: Any = reactor
+        self._socket = socket.socket(fileno=descriptor)
+
+    def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        return defer.execute(self._listen, factory)
+
+    def _listen(self, factory: IProtocolFactory) -> IListeningPort:
+        with self._socket as listening:
+            if listening.family == socket.AF_UNIX:
+                made: Any = _SharedUnixPort
+                port = made._fromListeningDescriptor(self._reactor, listening.fileno(), factory)
+                port.startListening()
+            else:
+                port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory)
+        return cast(IListeningPort, port)
+
+
+class _SharedUnixPort(UNIXPort):
+    """One whose socket and path are its parent's.
+
+    Twisted's sets the path's mode and removes it at the end; and it shuts the socket down, for all
+    who have it (shutdown(2)).
+    """
+
+    _shouldShutdown = False
+
+    def __init__(self, fileName: bytes, factory: IProtocolFactory, reactor: object) -> None:
+        # As one without a file (unix(7), abstract), Twisted leaves it alone.
+        super().__init__(b"\0", factory, reactor=reactor)
 
 
 class _TLSFactory(TLSMemoryBIOFactory):

@@ -19,6 +19,9 @@ from popdrop.sasl import MECHANISMS
 
 SHORTEST_IDLE: Final = 600
 """Seconds, RFC 1939 section 3."""
+MOST_WORKERS: Final = 32
+"""Half of the processes that may share a table of the throttle's: a new one may come before the
+place of a dead one is found to be free."""
 DEFAULT_STORE: Final = "mbox:/var/mail/{user}"
 _HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?").fullmatch
 
@@ -96,6 +99,12 @@ def _number(option: str) -> Callable[[str], int]:
         return int(text)
 
     return known
+
+
+def _workers(text: str) -> int:
+    if not re.fullmatch(r"[0-9]{1,2}", text) or int(text) > MOST_WORKERS:
+        raise ValueError(f"--workers takes a number from 0 to {MOST_WORKERS}")
+    return int(text)
 
 
 class Options(AuthOptionMixin, usage.Options):
@@ -183,6 +192,14 @@ class Options(AuthOptionMixin, usage.Options):
             "Seconds of idleness after which a session yields to a new one of its user; 0: never.",
             _seconds("takeover"),
         ],
+        [
+            "workers",
+            None,
+            0,
+            f"Processes that serve, {MOST_WORKERS} at most, beside the one that starts them."
+            " 0: that one alone serves.",
+            _workers,
+        ],
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
         ["hosts-allow", None, None, "Its file for --tcp-wrappers. [/etc/hosts.allow]"],
         ["hosts-deny", None, None, "Its file for --tcp-wrappers. [/etc/hosts.deny]"],
@@ -203,6 +220,8 @@ class Options(AuthOptionMixin, usage.Options):
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.given: list[str] = []
+        """The words that were parsed, for processes that serve with the same options."""
         for name in self._several:
             self[name] = []
         self["listen-policy"] = {}
@@ -274,6 +293,7 @@ class Options(AuthOptionMixin, usage.Options):
 
     def parseOptions(self, options: Any = None) -> None:
         """Twisted prints all of --help before an error; here the error stands alone."""
+        self.given = [str(word) for word in options or []]
         try:
             super().parseOptions(options)  # type: ignore[no-untyped-call]
         except usage.UsageError as error:
@@ -292,6 +312,8 @@ class Options(AuthOptionMixin, usage.Options):
                 f"--idle-timeout {self['idle-timeout']:g}: RFC 1939 wants {SHORTEST_IDLE} s at"
                 " least; add --allow-short-idle to have it all the same"
             )
+        if self["workers"] and self["demo"]:
+            raise usage.UsageError("--demo serves from one process; leave --workers out")
         for name in ("hosts-allow", "hosts-deny"):
             if self[name] is not None and not self["tcp-wrappers"]:
                 raise usage.UsageError(f"--{name} is given without --tcp-wrappers; add it")

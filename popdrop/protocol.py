@@ -122,6 +122,7 @@ class Home(typing.Protocol):
     proof_key: bytes
     takeover: float
     holders: dict[bytes, POP3Protocol]
+    ask_others: Callable[[bytes], None] | None
     protocols: set[POP3Protocol]
     stopping: bool
     inherits_options: bool
@@ -884,6 +885,9 @@ class POP3Protocol(Protocol):
         holder = self.factory.holders.get(name)
         if holder is not None and holder is not self:
             holder.give_way(self.factory.takeover)
+        elif self.factory.takeover and self.factory.ask_others is not None:
+            # A maildrop that is in use is tried for two seconds: long enough for the answer.
+            self.factory.ask_others(name)
         self._account = name
 
     def _record(self, event: str, reason: str, mechanism: str | None = None) -> None:

@@ -17,7 +17,7 @@ import re
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from functools import lru_cache
 from queue import SimpleQueue
@@ -164,12 +164,13 @@ KINDS: Final[dict[str, Emitter]] = {
 }
 
 
-def from_spec(text: str) -> SessionLog:
+def from_spec(text: str, moved: Mapping[int, int] | None = None) -> SessionLog:
     """What `--session-log KIND[:SINK]` describes. Raises `ConfigError`.
 
     `SINK` is `log` (the Twisted log, the default), a path (mode 0600, appended to), or `fd=N`.
     Lines in a file begin with the time, JSON ones hold it; a descriptor gets the bare line, since
-    who reads it (multilog, journald) adds the time.
+    who reads it (multilog, journald) adds the time. `moved` says which descriptor stands for N in
+    this process, where it is not N.
     """
     spec = parse("--session-log", text)
     option, example = f"--session-log {text}", "for example json:/var/log/popdrop/sessions.json"
@@ -179,7 +180,7 @@ def from_spec(text: str) -> SessionLog:
     if len(spec.args) + len(spec.kwargs) > 1 or spec.kwargs.keys() - {"fd"}:
         raise ConfigError(f"{option}: one sink is needed: log, a path or fd=NUMBER; {example}")
     if "fd" in spec.kwargs:
-        return SessionLog(emitter, _Lines(_Descriptor(option, spec.kwargs["fd"])))
+        return SessionLog(emitter, _Lines(_Descriptor(option, spec.kwargs["fd"], moved or {})))
     sink = spec.args[0] if spec.args else "log"
     if sink == "log":
         return SessionLog(emitter, _TwistedLog())
@@ -205,6 +206,11 @@ class SessionLog:
                 self._sink.write(line, record)
         except Exception as error:
             self._complaints.add("A line of the session log could not be made", error)
+
+    @property
+    def descriptor(self) -> tuple[int, int] | None:
+        """The N of a sink `fd=N`, and what we have it as; `None` for other sinks."""
+        return self._sink.descriptor
 
     def reopen(self) -> None:
         """After log rotation: write to what is at the path now. Never raises."""
@@ -247,6 +253,8 @@ class Several:
 
 class _TwistedLog:
     """A failure is a warning, everything else information."""
+
+    descriptor = None
 
     def write(self, line: str, record: SessionRecord) -> None:
         level = LogLevel.warn if record.event == "failure" else LogLevel.info
@@ -304,9 +312,10 @@ class _Complaints:
 class _Descriptor:
     """An inherited descriptor. A duplicate is kept, which outlives daemonizing."""
 
-    def __init__(self, option: str, word: str) -> None:
+    def __init__(self, option: str, word: str, moved: Mapping[int, int]) -> None:
         try:
-            self.fd = os.dup(int(word))
+            self.number = int(word)
+            self.fd = os.dup(moved.get(self.number, self.number))
         except (ValueError, OverflowError, OSError):
             raise ConfigError(
                 f"{option}: {word} is no open descriptor; open it, as in 5>>FILE, or name a path"
@@ -363,6 +372,11 @@ class _Lines:
         self._overflows = _Complaints()
         self._closed = False
         self._torn = False
+
+    @property
+    def descriptor(self) -> tuple[int, int] | None:
+        target = self._target
+        return (target.number, target.fd) if isinstance(target, _Descriptor) else None
 
     def write(self, line: str, record: SessionRecord) -> None:
         if self._closed:

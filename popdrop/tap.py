@@ -81,6 +81,7 @@ from popdrop.realm import Realm
 from popdrop.sasl import MECHANISMS
 from popdrop.spec import parse, quoted
 from popdrop.threads import Pool
+from popdrop.workers import Handed, Workers
 
 log = Logger()
 
@@ -109,6 +110,8 @@ HASH_NICE: Final = 10
 """Nice value of these threads: sessions that are logged in go before logins."""
 AUTH_THREADS: Final = 8
 """Logins at once that wait for PAM and for checkpassword programs. Hashes have their own cap."""
+FOR_WORKERS: Final = ("tcp", "tcp6", "tls", "ssl", "unix", "systemd")
+"""Kinds of listeners that several processes can accept from (decision 33)."""
 EVERYWHERE: Final = Variation()
 """Of a listener without a `--listen-policy`."""
 NO_APOP: Final = (
@@ -195,6 +198,13 @@ def _leave_no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, resource.getrlimit(resource.RLIMIT_CORE)[1]))
 
 
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return "/"  # it has been removed
+
+
 def _is_free(port: int) -> bool:
     try:
         socket.create_server(("127.0.0.1", port)).close()
@@ -223,9 +233,25 @@ class Popdrop(Service):
 
     name = "popdrop"
 
-    def __init__(self, options: Options, reactor: Any) -> None:
+    def __init__(
+        self,
+        options: Options,
+        reactor: Any,
+        handed: Handed | None = None,
+        ask_others: Callable[[bytes], None] | None = None,
+    ) -> None:
+        """`handed` is what a worker has from its parent, `None` in a process of its own.
+
+        `ask_others` is for the other workers' `yield_to`.
+        """
         self._options = options
         self._reactor = reactor
+        self._handed = handed
+        self._ask_others = ask_others
+        self._holders: dict[bytes, POP3Protocol] = {}
+        self._folder = _current_folder()
+        self._workers: Workers | None = None
+        self._table: int | None = None
         self._ports: list[IListeningPort] = []
         self._factories: list[POP3Factory] = []
         self._pools: list[Pool] = []
@@ -238,7 +264,7 @@ class Popdrop(Service):
         self._looking: LoopingCall | None = None
         self._living: LoopingCall | None = None
         self._stopping = False
-        path = options["metrics"]
+        path = None if handed is not None else options["metrics"]
         self._metrics = metrics.MetricsFile(os.path.abspath(path)) if path else None
         self.hostname = options["hostname"] or machine_name()
         try:
@@ -251,6 +277,9 @@ class Popdrop(Service):
 
     def _assemble(self) -> None:
         options, reactor = self._options, self._reactor
+        parent: Any = options.parent or {}
+        if self._leads and parent.get("chroot"):
+            raise ConfigError("--workers: they would not find Python under --chroot; leave it out")
         if options["demo"]:
             self._make_demo()
         default = default_state_dir(os.environ, os.geteuid())
@@ -274,14 +303,11 @@ class Popdrop(Service):
             for checker in checkers
         )
         policy = self._policy(kinds, tls is not None)
-        self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners())
-        logs = [record.from_spec(text) for text in options["session-log"] or ["plain"]]
-        self._session_log = record.Several(logs)
+        self._make_counts_and_logs()
         portal = self._portal(checkers, kinds, policy)
         answers = self._answers()
         timing = Timing(options["login-timeout"], options["idle-timeout"])
         self._gate = self._access()
-        holders: dict[bytes, POP3Protocol] = {}
         for number, listener in enumerate(self._parsed_listeners()):
             self._listeners.append(listener)
             self._factories.append(
@@ -300,12 +326,30 @@ class Popdrop(Service):
                     listener=listener.text,
                     proof_key=self._throttle.proof_key,
                     takeover=options["takeover"],
-                    holders=holders,
+                    holders=self._holders,
+                    ask_others=self._ask_others,
                     answers=answers,
                     gate=self._gate,
                 )
             )
         self._refuse_root()
+        if self._leads:
+            self._table = throttle.common_table(options["throttle"])
+
+    def _make_counts_and_logs(self) -> None:
+        options, reactor = self._options, self._reactor
+        handed = self._handed
+        inherited = None if handed is None else handed.table
+        self._throttle = throttle.from_spec(options["throttle"], reactor, self._owners(), inherited)
+        moved = None if handed is None else handed.logs
+        logs = [record.from_spec(text, moved) for text in options["session-log"] or ["plain"]]
+        self._session_logs = logs
+        self._session_log = record.Several(logs)
+
+    @property
+    def _leads(self) -> bool:
+        """Whether others serve, and this process starts them."""
+        return self._handed is None and self._options["workers"] > 0
 
     def _access(self) -> Gate | None:
         options = self._options
@@ -455,6 +499,9 @@ class Popdrop(Service):
         )
 
     def _make_helper(self, auth: list[str]) -> helperclient.HelperProcess | None:
+        if self._handed is not None:
+            helper = self._handed.helper
+            return None if helper is None else helperclient.HelperProcess.inherited(helper)
         path = self._options["popauth-socket"]
         accounts = next((text for text in auth if text.partition(":")[0] == "accounts"), None)
         service = None
@@ -466,7 +513,7 @@ class Popdrop(Service):
             service = helperclient.SelfService(
                 path, database, spec.kwargs.get("key"), self._options["min-uid"]
             )
-        return helperclient.from_options(auth, service)
+        return helperclient.from_options(auth, service, self._options["workers"] or 1)
 
     def _default_database(self) -> str:
         return os.path.join(self.state_dir, "accounts.db")
@@ -516,6 +563,11 @@ class Popdrop(Service):
     def _parsed_listeners(self) -> list[listeners.Listener]:
         texts = self._options["listen"]
         self._default_listeners = not texts
+        if self._handed is not None:
+            return [
+                listeners.from_parent(self._reactor, text, self._keyring, number, trusted)
+                for text, number, trusted in self._handed.listeners
+            ]
         if not texts:
             pem = quoted(self._self_made())
             plain, tls = 1110, 1995
@@ -530,6 +582,12 @@ class Popdrop(Service):
         found = [listeners.from_spec(self._reactor, t, self._keyring, proxies) for t in texts]
         if proxies and not any(each.scheme == "haproxy" for each in found):
             raise ConfigError("--trusted-proxies: no listener takes PROXY headers; use haproxy:...")
+        for each in found if self._leads else ():
+            if each.scheme not in FOR_WORKERS:
+                raise ConfigError(
+                    f"--listen {each.text}: processes of --workers cannot share it; use one of"
+                    f" {', '.join(FOR_WORKERS)}, or leave --workers out"
+                )
         under_tls = False
         for number, each in enumerate(found):
             stls, own = self._stls_of(number), self._variations.get(number, EVERYWHERE).stls
@@ -659,6 +717,11 @@ class Popdrop(Service):
 
     # Running
 
+    @property
+    def grace(self) -> float:
+        """Seconds for commands in progress at a stop."""
+        return float(self._options["grace"])
+
     def listening_on(self) -> list[str]:
         """The strings of all listeners."""
         return [listener.text for listener in self._listeners]
@@ -669,6 +732,9 @@ class Popdrop(Service):
             database.close()
         self._session_log.close()
         self._throttle.close()
+        if self._table is not None:
+            os.close(self._table)
+            self._table = None
         if self._helper is not None:
             self._helper.end_now()
         self._forget_demo()
@@ -714,7 +780,10 @@ class Popdrop(Service):
                 self._listeners.append(listener)
                 self._factories.append(factory)
                 self._ports.append(port)
-                outlive_shortage(port, self._reactor, listener.implicit_tls)
+                if self._leads:
+                    port.stopReading()  # the workers accept
+                else:
+                    outlive_shortage(port, self._reactor, listener.implicit_tls)
                 factory.inherits_options = _set_options(port)
                 continue
             if self._default_listeners and "\\:" in listener.text.rpartition("interface")[2]:
@@ -799,7 +868,9 @@ class Popdrop(Service):
         self._check_rights()
         self._listen()
         self._start_helper()
-        if self._helper is not None:
+        if self._leads:
+            self._start_workers()
+        elif self._helper is not None:
             self._helper.attach(self._reactor)
         sys.setswitchinterval(SWITCH_SECONDS)
         # What is there now stays: no need to look through it again and again for garbage.
@@ -808,7 +879,7 @@ class Popdrop(Service):
         gc.set_threshold(GARBAGE_OBJECTS)
         for pool in self._pools:
             pool.start()
-        if self._tidy is not None:
+        if self._tidy is not None and self._handed is None:
             self._store_pool.run(self._tidy).addErrback(
                 lambda failure: log.failure("tidying up failed", failure=failure)
             )
@@ -818,7 +889,8 @@ class Popdrop(Service):
         self._lookup_pool.run(self._measure)
         if threading.current_thread() is threading.main_thread():
             signal.signal(signal.SIGHUP, self._hung_up)
-        self._tell()
+        if self._handed is None:
+            self._tell()
         seconds = notify.watchdog_seconds()
         if seconds is not None:
             # By the reactor's timer: what stops the reactor stops the signs of life.
@@ -827,25 +899,71 @@ class Popdrop(Service):
             self._living.start(seconds)
         self._reactor.callWhenRunning(notify.tell, notify.READY)
 
+    def _start_workers(self) -> None:
+        """With the rights that are left, as each later one."""
+        helper = self._helper
+        slots = [
+            None if helper is None else helper.hand_on(number)
+            for number in range(self._options["workers"])
+        ]
+        fds = [log.descriptor for log in self._session_logs if log.descriptor is not None]
+        sockets = zip(self._listeners, self._ports, strict=True)
+        handed = Handed(
+            arguments=self._options.given,
+            folder=self._folder,
+            state_dir=self.state_dir,
+            listeners=[
+                (listener.text, port.fileno(), listener.trusted_address)  # type: ignore[attr-defined]
+                for listener, port in sockets
+            ],
+            table=self._table,
+            logs=dict(fds),
+        )
+        self._workers = Workers(self._reactor, [handed._replace(helper=slot) for slot in slots])
+        try:
+            self._workers.start()
+        except ConfigError as error:
+            self._let_go_of_ports()
+            log.error("{why}", why=str(error))
+            raise StartError(f"popdrop: {error}") from None
+
     def _hung_up(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self.reload)
 
-    def reload(self) -> None:
+    def reload(self) -> Deferred[Any]:
         """SIGHUP: log files are opened anew, for logrotate; certificates and lists are looked at.
 
-        No session is dropped.
+        No session is dropped. Fires when all has been read.
         """
         if self._stopping:
-            return  # systemd must not hear that a server is ready which ends
+            return succeed(None)  # systemd must not hear that a server is ready which ends
         notify.tell(notify.reloading())
         log.info("opening the session logs anew")
         self._session_log.reopen()
-        self._look_at_files().addCallback(lambda _: self._stopping or notify.tell(notify.READY))
+        looks = [self._look_at_files()]
+        if self._workers is not None:
+            looks.append(self._workers.reload())
+        done = gatherResults(looks)
+        done.addCallback(lambda _: self._stopping or notify.tell(notify.READY))
+        return done
+
+    def yield_to(self, name: bytes) -> None:
+        """Somebody logs in as `name` at another worker: `--takeover`."""
+        holder = self._holders.get(name)
+        if holder is not None:
+            holder.give_way(self._options["takeover"])
 
     def _look_at_files(self) -> Deferred[Any]:
-        refreshed: list[Callable[[], None]] = [self._look_at_certificates, self._rosters.refresh]
+        if self._leads:
+            # What is served is the workers'; only the ends of certificates are told here.
+            refreshed = [] if self._metrics is None else [self._look_at_certificates]
+            return self._look(refreshed)
+        refreshed = [self._look_at_certificates, self._rosters.refresh]
         if self._gate is not None:
             refreshed.append(self._gate.refresh)
+        return self._look(refreshed)
+
+    def _look(self, refreshed: list[Callable[[], None]]) -> Deferred[Any]:
         looks = [self._lookup_pool.run(work) for work in refreshed]
         for look in looks:
             look.addErrback(lambda failure: log.failure("looking at files failed", failure=failure))
@@ -882,7 +1000,7 @@ class Popdrop(Service):
 
     async def _stop(self) -> None:
         self._stopping = True
-        if threading.current_thread() is threading.main_thread():
+        if self._handed is None and threading.current_thread() is threading.main_thread():
             # The reactor's own would complain that it is stopping already.
             for number in (signal.SIGTERM, signal.SIGINT):
                 signal.signal(number, self._signalled_again)
@@ -892,6 +1010,8 @@ class Popdrop(Service):
         ports = [port for port in self._ports if IListeningPort.providedBy(port)]
         await gatherResults([maybeDeferred(port.stopListening) for port in ports])
         grace = self._options["grace"]
+        if self._workers is not None:
+            await self._workers.stop(grace)
         stopping = [Deferred.fromCoroutine(factory.stop(grace)) for factory in self._factories]
         await gatherResults(stopping)
         if self._helper is not None:
@@ -903,13 +1023,15 @@ class Popdrop(Service):
         self.discard()
 
     def _signalled_again(self, number: int, frame: object) -> None:
-        self._reactor.callFromThread(self._hurry)
+        self._reactor.callFromThread(self.hurry)
 
-    def _hurry(self) -> None:
+    def hurry(self) -> None:
         """A second SIGTERM or SIGINT: whoever sent it does not want to wait for the grace."""
         log.info("asked to stop once more: what is in progress is cut off, but for deletions")
         for factory in self._factories:
             factory.hurry()
+        if self._workers is not None:
+            self._workers.hurry()
 
     def stopService(self) -> Deferred[None]:
         """Stop listening, let what is in progress end, then stop the threads."""

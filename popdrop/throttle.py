@@ -41,7 +41,7 @@ from popdrop.sharedcounts import (
     open_table,
     since_boot,
 )
-from popdrop.spec import parse
+from popdrop.spec import Spec, parse
 from popdrop.values import normalised
 
 log = Logger()
@@ -78,15 +78,37 @@ def rates(fade: float) -> tuple[tuple[float, int], tuple[float, int]]:
     return (len(STEPS) / fade, len(STEPS)), (USER_FAILURES / fade, USER_FAILURES)
 
 
-def from_spec(text: str, clock: IReactorTime, owners: tuple[int, ...] = ()) -> Throttle | Off:
+def from_spec(
+    text: str, clock: IReactorTime, owners: tuple[int, ...] = (), table: int | None = None
+) -> Throttle | Off:
     """What `--throttle text` describes: `off`, or `memory` or `shared:PATH` with keywords.
 
     `owners` are the uids that the file of `shared` may belong to; none: ours. `shared` has a clock
-    of its own, which all processes share. Raises `ConfigError`.
+    of its own, which all processes share. `table` is a descriptor of `common_table`, of which the
+    counts of `memory` are then. Raises `ConfigError`.
     """
+    spec, limits = _parsed(text)
+    if limits is None:
+        return Off()
+    if spec.kind == "shared":
+        return Shared.open(os.path.abspath(spec.args[0]), limits, owners=owners)
+    return Memory(clock, limits) if table is None else Shared.attach(table)
+
+
+def common_table(text: str) -> int | None:
+    """A table for processes that inherit its descriptor, where `--throttle text` is `memory`.
+
+    Other kinds need none: `None`. Raises `ConfigError`.
+    """
+    spec, limits = _parsed(text)
+    return None if limits is None or spec.kind != "memory" else make_anonymous(limits)
+
+
+def _parsed(text: str) -> tuple[Spec, Numbers | None]:
+    """The string and its limits; `None` for `off`."""
     spec = parse("--throttle", text)
     if spec.kind == "off" and not spec.args and not spec.kwargs:
-        return Off()
+        return spec, None
     example = "for example memory:total=2000:per-address=100"
     places = {"memory": 0, "shared": 1}.get(spec.kind)
     if places is None or len(spec.args) != places or not all(spec.args):
@@ -104,10 +126,7 @@ def from_spec(text: str, clock: IReactorTime, owners: tuple[int, ...] = ()) -> T
         if not (word.isascii() and word.isdigit() and len(word) < 10 and int(word)):
             raise ConfigError(f"--throttle {text}: {key}={word} is no number above 0; {example}")
         numbers[key] = int(word)
-    limits = Numbers(**{key.replace("-", "_"): number for key, number in numbers.items()})
-    if spec.kind == "memory":
-        return Memory(clock, limits)
-    return Shared.open(os.path.abspath(spec.args[0]), limits, owners=owners)
+    return spec, Numbers(**{key.replace("-", "_"): number for key, number in numbers.items()})
 
 
 @lru_cache(maxsize=4096)

@@ -21,7 +21,7 @@ _TABLE = """
 13  __main__
 12  cli.main
 11  cli.imports
-10  cli.* testing
+10  cli.* testing worker
 9   tap
 8   workers demo factory
 7   protocol realm options accounts.strcred

@@ -15,9 +15,9 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
@@ -189,7 +189,29 @@ class HelperProcess:
         self.spool_rules: SpoolRules | None = None
         self.slots: list[Slot] = []
         self.current: Slot | None = None
+        self._inherited = False
         self.kinds = self._describe()
+
+    @classmethod
+    def inherited(cls, handed: Mapping[str, Any]) -> Self:
+        """In a process that serves: the one of its parent's, by what its `hand_on` gave."""
+        made = cls([])
+        made.kinds = [frozenset(kinds) for kinds in handed["kinds"]]
+        connection = socket.socket(fileno=handed["slot"])
+        made.slots = [Slot(connection, Hello(handed["pid"], handed["uid"]))]
+        made.current = made.slots[0]
+        made._inherited = True
+        return made
+
+    def hand_on(self, number: int) -> dict[str, Any]:
+        """What `inherited` takes, for the slot of this 0-based number; its descriptor is `slot`."""
+        slot = self.slots[number]
+        return {
+            "kinds": [sorted(kinds) for kinds in self.kinds],
+            "slot": slot.fileno(),
+            "pid": slot.hello.pid,
+            "uid": slot.hello.uid,
+        }
 
     def checkers(self) -> list[HelperChecker]:
         """One for each string, in order."""
@@ -202,8 +224,8 @@ class HelperProcess:
 
     @property
     def started(self) -> bool:
-        """Whether there is a supervisor."""
-        return self._child is not None
+        """Whether there is a supervisor, of ours or of our parent's."""
+        return self._child is not None or self._inherited
 
     def ask(self, request: Request) -> Deferred[Answer]:
         """As `Slot.ask`, over the slot of this process."""
@@ -220,7 +242,7 @@ class HelperProcess:
 
     def _config(self) -> dict[str, Any]:
         return {
-            "path": _module_path(),
+            "path": module_path(),
             "modules": {
                 "supervisor": supervisor.__name__,
                 "helper": helper.__name__,
@@ -316,7 +338,7 @@ class HelperProcess:
         config = {
             **self._config(),
             "spools": None if rules is None else asdict(rules),
-            "path": _safe_path(_module_path(), uid),
+            "path": _safe_path(module_path(), uid),
             "parent": os.getpid(),
             "lifeline": ends[0].fileno(),
             "slots": [end.fileno() for end in ends[1 : 1 + self._count]],
@@ -381,20 +403,24 @@ class HelperProcess:
             self._lifeline = None
 
 
-def from_options(auth: Sequence[str], service: SelfService | None) -> HelperProcess | None:
+def from_options(
+    auth: Sequence[str], service: SelfService | None, slots: int = 1
+) -> HelperProcess | None:
     """The helper that the strings of `--auth` and the self-service call for, or none.
 
-    Raises `ConfigError`.
+    `slots` is the number of processes that serve. Raises `ConfigError`.
     """
     texts = [text.partition(":")[2] for text in auth if text.partition(":")[0] == "helper"]
     if not all(texts):
         raise ConfigError("--auth helper: say what it is to check by, as helper:pam:pop3")
     if service is not None and not os.path.isabs(service.path):
         raise ConfigError(f"--popauth-socket {service.path}: give the whole path, from / on")
-    return HelperProcess(texts, service) if texts or service is not None else None
+    if not texts and service is None:
+        return None
+    return HelperProcess(texts, service, slots=slots)
 
 
-def _module_path() -> list[str]:
+def module_path() -> list[str]:
     """Where this process finds its modules; no folder that is only the current one."""
     ours = os.path.dirname(os.path.dirname(os.path.abspath(popdrop.__file__)))
     found = [entry for entry in sys.path if os.path.isabs(entry)]

@@ -31,13 +31,20 @@ run()
 class Helped(Twistd):
     """`twistd` with the tests' backends and, where there are rights to drop, with `--uid`."""
 
-    def __init__(self, case: SynchronousTestCase, folder: Folder, *options: str, trace: str = ""):
+    def __init__(
+        self,
+        case: SynchronousTestCase,
+        folder: Folder,
+        *options: str,
+        trace: str = "",
+        drop: bool = True,
+    ):
         self.folder = folder
         self.dropped = None
         # The tests' own backends, but where Popdrop's are what is tried.
         code = RUN if any("helper:reads:" in option for option in options) else PLAIN
         command = [sys.executable, "-c", code, "-n", "--pidfile", ""]
-        if os.geteuid() == 0:
+        if os.geteuid() == 0 and drop:
             self.dropped = pwd.getpwnam("games")[2:4]
             command += ["--uid", str(self.dropped[0]), "--gid", str(self.dropped[1])]
             for path in (folder.path, *folder.path.rglob("*")):

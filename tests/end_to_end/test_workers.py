@@ -1,0 +1,435 @@
+"""`--workers`: several processes behind one socket, under a real `twistd`.
+
+Over 400 lines, since what one process does has to be tried once more with several.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import poplib
+import re
+import select
+import signal
+import socket
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+from benchmarks.mechanisms import Client
+from tests.end_to_end.harness import DEADLINE, Folder, Twistd, environment, mail
+from tests.end_to_end.test_helper import Helped, facts
+from tests.end_to_end.test_server import TLS, ServerCase, Wire
+from tests.end_to_end.test_throttle import TURNED_AWAY
+
+SERVES = r"worker \d+ pid (\d+) serves"
+
+
+def children(pid: int) -> set[int]:
+    """Processes that `pid` has started and that have not been waited for (proc(5))."""
+    return set(map(int, Path(f"/proc/{pid}/task/{pid}/children").read_text().split()))
+
+
+def ends(watch: int) -> bool:
+    """Whether the process of a pidfd ends."""
+    waiting = select.poll()
+    waiting.register(watch, select.POLLIN)
+    return bool(waiting.poll(DEADLINE * 1000))
+
+
+def server_of(client: socket.socket, pids: set[int]) -> int:
+    """Which of these processes has the other end of a TCP connection over loopback."""
+    ours = client.getsockname()[1]
+    inode = ""
+    for line in Path("/proc/net/tcp").read_text().splitlines()[1:]:
+        fields = line.split()
+        if int(fields[2].partition(":")[2], 16) == ours and fields[3] == "01":
+            inode = fields[9]
+    for pid in pids:
+        for entry in os.scandir(f"/proc/{pid}/fd"):
+            with contextlib.suppress(FileNotFoundError):
+                if os.readlink(entry.path) == f"socket:[{inode}]":
+                    return pid
+    raise AssertionError(f"{inode} is open in none of {pids}")
+
+
+class WorkerCase(ServerCase):
+    workers = 2
+
+    def setUp(self) -> None:
+        super().setUp()
+        for number in range(8):
+            self.folder.add(f"user{number}", password="hunter2")
+            self.folder.spool(f"user{number}", mail(1) + mail(2))
+
+    def serve(self, *options: str, listen: tuple[str, ...] = ()) -> Twistd:
+        server = super().serve("--workers", str(self.workers), *options, listen=listen)
+        self.pids = {int(pid) for pid in re.findall(SERVES, "\n".join(server.log))}
+        self.assertEqual(len(self.pids), self.workers)
+        self.assertEqual(children(server.process.pid), self.pids)
+        return server
+
+    def watch(self, pid: int) -> int:
+        watch = os.pidfd_open(pid)
+        self.addCleanup(os.close, watch)
+        return watch
+
+    def login(self, name: str = "bob") -> poplib.POP3:
+        return self.enter(self.server.client(), name)
+
+    def enter(self, client: poplib.POP3, name: str) -> poplib.POP3:
+        self.addCleanup(client.close)
+        client.user(name)
+        client.pass_("hunter2")
+        return client
+
+    def login_at(self, pid: int, name: str) -> poplib.POP3:
+        """A session at this worker: no other runs when the connection comes."""
+        others = self.pids - {pid}
+        for other in others:
+            os.kill(other, signal.SIGSTOP)
+        try:
+            client = self.server.client()
+        finally:
+            for other in others:
+                os.kill(other, signal.SIGCONT)
+        self.assertEqual(server_of(client.sock, self.pids), pid)
+        return self.enter(client, name)
+
+
+class ServingTests(WorkerCase):
+    def test_sessions_at_each(self) -> None:
+        """And the parent serves nobody."""
+        self.serve()
+        clients = {pid: self.login_at(pid, f"user{n}") for n, pid in enumerate(self.pids)}
+        for client in clients.values():
+            self.assertEqual(client.stat()[0], 2)
+            client.dele(1)
+            client.quit()
+        for number in range(self.workers):
+            again = self.login(f"user{number}")
+            self.assertEqual(again.stat()[0], 1)
+        log = self.server.stop()
+        # One stream: all sessions are in the log of the parent.
+        for number in range(self.workers):
+            self.assertRegex(log, rf"user{number}\b")
+        self.assertEqual(self.server.process.returncode, -signal.SIGTERM)
+
+    def test_a_maildrop_is_held_over_all(self) -> None:
+        self.serve()
+        one, two = sorted(self.pids)
+        first = self.login_at(one, "bob")
+        failure = self.assertRaises(poplib.error_proto, self.login_at, two, "bob")
+        self.assertTrue(failure.args[0].startswith(b"-ERR [IN-USE]"), failure)
+        first.quit()
+        self.assertEqual(self.login_at(two, "bob").stat()[0], 3)
+
+    def test_sessions_of_a_user_over_all(self) -> None:
+        self.serve("--throttle", "memory:per-user=1")
+        one, two = sorted(self.pids)
+        first = self.login_at(one, "bob")
+        failure = self.assertRaises(poplib.error_proto, self.login_at, two, "bob")
+        self.assertIn(b"too many connections of this user", failure.args[0])
+        first.quit()
+
+    def test_takeover_over_all(self) -> None:
+        self.serve("--takeover", "0.001")
+        one, two = sorted(self.pids)
+        first = self.login_at(one, "bob")
+        second = self.login_at(two, "bob")
+        self.assertEqual(second.stat()[0], 3)
+        failure = self.assertRaises(poplib.error_proto, first._getresp)
+        self.assertIn(b"another session of yours took over", failure.args[0])
+
+    def test_connections_over_all(self) -> None:
+        server = self.serve("--throttle", "memory:per-address=2")
+        one, two = sorted(self.pids)
+        with contextlib.ExitStack() as stack:
+            for other in (one, two):
+                os.kill(other, signal.SIGSTOP)
+                client = stack.enter_context(Client(server.port))
+                self.assertTrue(client.greeting.startswith(b"+OK"), client.greeting)
+                os.kill(other, signal.SIGCONT)
+            for other in (one, two):
+                os.kill(other, signal.SIGSTOP)
+                with Client(server.port) as client:
+                    self.assertEqual(client.greeting, TURNED_AWAY)
+                os.kill(other, signal.SIGCONT)
+
+    def test_each_kind_of_listener(self) -> None:
+        path = self.folder.path / "pop3.sock"
+        listen = ("tcp:0:interface=127.0.0.1", "tcp6:0:interface=\\:\\:1", TLS)
+        # Of a Unix socket there is no port to be told.
+        server = self.serve(
+            "--listen",
+            f"unix:{path}:mode=600",
+            listen=tuple(text.format(state=self.folder.state) for text in listen),
+        )
+        plain = Wire(self, server.ports[0])
+        self.assertTrue(plain.line().startswith(b"+OK"))
+        plain.send(b"STLS\r\n")
+        self.assertTrue(plain.line().startswith(b"+OK"))
+        plain.start_tls(self.trusting())
+        with socket.create_connection(("::1", server.ports[1]), DEADLINE) as six:
+            self.assertTrue(six.recv(512).startswith(b"+OK"))
+        secure = poplib.POP3_SSL(
+            "localhost", server.ports[2], context=self.trusting(), timeout=DEADLINE
+        )
+        secure.user("bob")
+        self.assertTrue(secure.pass_("hunter2").startswith(b"+OK"))
+        secure.quit()
+        for _ in range(2):
+            with socket.socket(socket.AF_UNIX) as local:
+                local.settimeout(DEADLINE)
+                local.connect(str(path))
+                self.assertTrue(local.recv(512).startswith(b"+OK"))
+            # The path is the parent's: a worker that ends neither removes it nor changes its mode.
+            self.assertEqual(stat.S_IMODE(path.stat().st_mode), 0o600)
+            os.kill(min(self.pids), signal.SIGTERM)
+            self.pids = {max(self.pids), int(server.wait_for(SERVES)[1])}
+        server.stop()
+        self.assertFalse(path.exists())
+
+
+class EndTests(WorkerCase):
+    def test_a_worker_is_killed(self) -> None:
+        """Its clients are cut off, all others go on, and a new one serves."""
+        server = self.serve()
+        one, two = sorted(self.pids)
+        lost, kept = self.login_at(one, "bob"), self.login_at(two, "user1")
+        lost.dele(1)
+        os.kill(one, signal.SIGKILL)
+        self.assertRaises((poplib.error_proto, ConnectionResetError), lost.noop)
+        self.assertEqual(kept.stat()[0], 2)
+        server.wait_for(rf"worker \d pid {one} ended \(signal 9\); a new one is started")
+        new = int(server.wait_for(SERVES)[1])
+        self.pids = {two, new}
+        self.assertEqual(children(server.process.pid), self.pids)
+        # Nothing was deleted without QUIT, and the maildrop is free.
+        again = self.login_at(new, "bob")
+        self.assertEqual(again.stat()[0], 3)
+        kept.quit()
+
+    def test_the_parent_is_killed(self) -> None:
+        server = self.serve()
+        watches = [self.watch(pid) for pid in self.pids]
+        client = self.login()
+        server.kill()
+        for watch in watches:
+            self.assertTrue(ends(watch))
+        self.assertRaises((poplib.error_proto, ConnectionResetError), client.noop)
+
+    def test_a_stop(self) -> None:
+        """Idle clients are told, and nothing is left."""
+        server = self.serve()
+        watches = [self.watch(pid) for pid in self.pids]
+        idle = [self.login_at(pid, f"user{n}") for n, pid in enumerate(self.pids)]
+        server.process.send_signal(signal.SIGTERM)
+        for client in idle:
+            failure = self.assertRaises(poplib.error_proto, client._getresp)
+            self.assertIn(b"[SYS/TEMP]", failure.args[0])
+        self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
+        for watch in watches:
+            self.assertTrue(ends(watch))
+        self.assertNotIn("Traceback", server.stop())
+
+    def test_a_transfer_in_progress_ends_at_a_stop(self) -> None:
+        # More than the sockets' buffers take, so that it is in progress for sure.
+        self.folder.spool(
+            "bob", mail(1, b"x" * 76 + b"\n") + mail(2, (b"y" * 76 + b"\n") * 200_000)
+        )
+        server = self.serve("--grace", str(DEADLINE))
+        wire = Wire(self, server.port)
+        wire.line()
+        wire.send(b"USER bob\r\nPASS hunter2\r\n")
+        wire.line()
+        self.assertTrue(wire.line().startswith(b"+OK"))
+        wire.send(b"RETR 2\r\n")
+        self.assertTrue(wire.line().startswith(b"+OK"))
+        server.process.send_signal(signal.SIGTERM)
+        rest = wire.lines()
+        self.assertEqual(sum(row == b"y" * 76 + b"\r\n" for row in rest), 200_000)
+        self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
+
+    def test_hangup_opens_the_logs_of_all_anew(self) -> None:
+        path = self.folder.path / "sessions"
+        server = self.serve("--session-log", f"plain:{path}")
+        for number, pid in enumerate(sorted(self.pids)):
+            self.login_at(pid, f"user{number}").quit()
+        path.rename(self.folder.path / "rotated")
+        server.process.send_signal(signal.SIGHUP)
+        for _ in range(1 + self.workers):
+            server.wait_for("opening the session logs anew")
+        for number, pid in enumerate(sorted(self.pids)):
+            self.login_at(pid, f"user{4 + number}").quit()
+        server.stop()
+        new = path.read_text()
+        for number in range(self.workers):
+            self.assertIn(f"user{4 + number}", new)
+            self.assertNotIn(f"user{number}", new)
+
+    def test_session_log_on_a_descriptor(self) -> None:
+        """Standard output is that of the command, not a worker's own."""
+        server = self.serve("--session-log", "plain:fd=1")
+        for number, pid in enumerate(sorted(self.pids)):
+            self.login_at(pid, f"user{number}").quit()
+        log = server.stop()
+        for number in range(self.workers):
+            self.assertRegex(log, rf'(?m)^login user="user{number}"')
+
+    def test_deletions_while_workers_are_killed(self) -> None:
+        """Whenever it comes: each mail is there or has been deleted by a QUIT, none by half."""
+        server = self.serve()
+        names = [f"user{number}" for number in range(8)]
+        body = b"z" * 70 + b"\n"
+        for name in names:
+            whole = b"".join(mail(n, body * 2000) for n in range(6))
+            self.folder.spool(name, whole)
+        for number, name in enumerate(names):
+            client = self.login(name)
+            pid = server_of(client.sock, self.pids)
+            for place in (1, 3, 5):
+                client.dele(place)
+            # Pipelined, so that the kill may come before, in or after the commit.
+            client.sock.sendall(b"NOOP\r\n" * number * 3 + b"QUIT\r\n")
+            os.kill(pid, signal.SIGKILL)
+            new = int(server.wait_for(SERVES)[1])
+            self.pids = (self.pids - {pid}) | {new}
+        for name in names:
+            client = self.login(name)
+            subjects = []
+            for place in range(1, client.stat()[0] + 1):
+                lines = client.retr(place)[1]
+                self.assertEqual(lines.count(body.rstrip()), 2000)
+                subjects += [line for line in lines if line.startswith(b"Subject: ")]
+            client.quit()
+            kept = {len(subjects): subjects}
+            every = [b"Subject: mail %d" % number for number in range(6)]
+            self.assertIn(kept, [{6: every}, {3: every[1::2]}])
+
+
+class StartTests(WorkerCase):
+    def test_what_cannot_be_shared(self) -> None:
+        for options, words in (
+            (("--listen", "stdio:"), "--listen stdio:: processes of --workers cannot share it"),
+            (
+                ("--listen", "haproxy:tcp:0", "--trusted-proxies", "127.0.0.1"),
+                "cannot share it; use one of tcp, tcp6, tls",
+            ),
+            (("--demo",), "--demo serves from one process"),
+        ):
+            done = self.run_to_its_end("-n", "popdrop", "--workers", "2", *options)
+            self.assertEqual(done.returncode, 1, done.stdout)
+            self.assertIn(words, done.stdout)
+
+    def run_to_its_end(self, *words: str) -> subprocess.CompletedProcess[str]:
+        code = "from twisted.scripts.twistd import run; run()"
+        return subprocess.run(
+            [sys.executable, "-c", code, "--pidfile", f"{self.folder.path}/pid", *words],
+            cwd=self.folder.path,
+            env=environment(self.folder.path),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            timeout=DEADLINE,
+        )
+
+    def test_a_daemon(self) -> None:
+        """Ready when the command returns; log, stop and end as with one process."""
+        log, path = self.folder.path / "log", self.folder.path / "pop3.sock"
+        done = self.run_to_its_end(
+            *("--logfile", str(log), "popdrop", "--workers", "2"),
+            *("--state-dir", "state", "--store", f"mbox:{self.folder.spools}/{{user}}"),
+            *("--auth", f"accounts:{self.folder.accounts}", "--listen", f"unix:{path}"),
+        )
+        self.assertEqual((done.returncode, done.stdout), (0, ""))
+        pid = int((self.folder.path / "pid").read_text())
+        watches = [self.watch(each) for each in (pid, *children(pid))]
+        self.addCleanup(signal.pidfd_send_signal, watches[0], signal.SIGKILL)
+        self.assertEqual(len(watches), 3)
+        with socket.socket(socket.AF_UNIX) as local:
+            local.settimeout(DEADLINE)
+            local.connect(str(path))
+            with local.makefile("rb") as file:
+                self.assertTrue(file.readline().startswith(b"+OK"))
+                local.sendall(b"QUIT\r\n")
+                file.read()
+        os.kill(pid, signal.SIGTERM)
+        for watch in watches:
+            self.assertTrue(ends(watch))
+        self._cleanups.pop()  # the process is gone
+        self.assertEqual(len(re.findall(SERVES, log.read_text())), 2)
+
+
+class RightsTests(WorkerCase):
+    """Started as root with `--uid`, where there are such rights; else with what there is."""
+
+    def start(self, *options: str) -> Helped:
+        words = self.folder.path / "words"
+        if not words.exists():
+            words.write_text("hunter2\n")
+            words.chmod(0o600)
+        options = ("--workers", "2", "--auth", f"helper:reads:{words}", *options)
+        self.server = server = Helped(self, self.folder, *options, drop=self.may_run())
+        self.pids = {int(pid) for pid in re.findall(SERVES, "\n".join(server.log))}
+        self.assertEqual(len(self.pids), 2)
+        return server
+
+    def may_run(self) -> bool:
+        """Whether another user can run this Python: one in root's home is root's alone."""
+        if os.geteuid():
+            return False
+        try:
+            done = subprocess.run(
+                [sys.executable, "-c", "import twisted"],
+                user="games",
+                cwd="/",
+                env=environment(self.folder.path),
+                stderr=subprocess.DEVNULL,
+                check=False,
+            )
+        except PermissionError:
+            return False
+        return done.returncode == 0
+
+    def uids(self, pid: int) -> set[int]:
+        found = facts(pid)
+        return set(map(int, found["Uid"])) | set(map(int, found["Gid"]))
+
+    def test_rights_of_workers(self) -> None:
+        """The first ones and later ones have those of the user, and the helper's answers."""
+        server = self.start()
+        dropped = server.dropped or (os.geteuid(), os.getegid())
+        for number, pid in enumerate(sorted(self.pids)):
+            self.login_at(pid, f"user{number}").quit()
+        gone = min(self.pids)
+        os.kill(gone, signal.SIGKILL)
+        self.pids = {max(self.pids), int(server.wait_for(SERVES)[1])}
+        for number, pid in enumerate(sorted(self.pids)):
+            self.assertEqual(self.uids(pid), set(dropped))
+            self.login_at(pid, f"user{2 + number}").quit()
+            if server.dropped is not None:
+                self.assertEqual(facts(pid)["CapEff"], ["0" * 16])
+                self.assertEqual(facts(pid)["Groups"], [str(dropped[1])])
+                # What may not be looked into belongs to root in /proc (prctl(2), PR_SET_DUMPABLE).
+                self.assertEqual(os.stat(f"/proc/{pid}/environ").st_uid, 0)
+        os.kill(server.helper, signal.SIGKILL)
+        for _ in self.pids:
+            server.wait_for(r"helper pid \d+ serves")
+        for number, pid in enumerate(sorted(self.pids)):
+            self.login_at(pid, f"user{4 + number}").quit()
+
+    def test_a_key_of_roots(self) -> None:
+        """Workers could not read it: the start fails, and says what to do."""
+        self.start().stop()
+        pem = self.folder.state / "self-made.pem"
+        self.assertTrue(pem.exists())
+        if self.server.dropped is None:
+            return  # nobody has fewer rights at work than at the start
+        other = Folder(self).path / "pem"
+        other.write_bytes(pem.read_bytes())
+        other.chmod(0o600)
+        failure = self.assertRaises(AssertionError, self.start, "--starttls", str(other))
+        self.assertIn(f"popdrop: --starttls {other}: {other} may not be read", str(failure))
