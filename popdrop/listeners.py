@@ -31,7 +31,6 @@ from twisted.internet.interfaces import (
     IReactorTime,
     IStreamServerEndpoint,
 )
-from twisted.internet.unix import Port as UNIXPort
 from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -198,7 +197,10 @@ def from_parent(
     option = f"--listen {text}"
     spec = parse("--listen", text)
     scheme = spec.kind.lower()
-    plain = _Inherited(reactor, descriptor)
+    if inherited.family(descriptor) is None:
+        plain: Any = inherited.AdoptedUnixSocket(reactor, descriptor)
+    else:
+        plain = _Inherited(reactor, descriptor)
     if scheme in ("tls", "ssl"):
         certificates = _tls(reactor, option, text, scheme, spec, keyring).certificates
     elif scheme == "systemd" and "tls" in spec.kwargs:
@@ -401,38 +403,19 @@ class _EveryAddress:
 
 @implementer(IStreamServerEndpoint)
 class _Inherited:
-    """A listening socket that several processes accept from."""
+    """A listening TCP socket that the parent has bound, and that others accept from, too."""
 
     def __init__(self, reactor: object, descriptor: int) -> None:
         self._reactor: Any = reactor
-        self._socket = socket.socket(fileno=descriptor)
+        self._descriptor = descriptor
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
         return defer.execute(self._listen, factory)
 
     def _listen(self, factory: IProtocolFactory) -> IListeningPort:
-        with self._socket as listening:
-            if listening.family == socket.AF_UNIX:
-                made: Any = _SharedUnixPort
-                port = made._fromListeningDescriptor(self._reactor, listening.fileno(), factory)
-                port.startListening()
-            else:
-                port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory)
+        with socket.socket(fileno=self._descriptor) as listening:
+            port = self._reactor.adoptStreamPort(listening.fileno(), listening.family, factory)
         return cast(IListeningPort, port)
-
-
-class _SharedUnixPort(UNIXPort):
-    """One whose socket and path are its parent's.
-
-    Twisted's sets the path's mode and removes it at the end; and it shuts the socket down, for all
-    who have it (shutdown(2)).
-    """
-
-    _shouldShutdown = False
-
-    def __init__(self, fileName: bytes, factory: IProtocolFactory, reactor: object) -> None:
-        # As one without a file (unix(7), abstract), Twisted leaves it alone.
-        super().__init__(b"\0", factory, reactor=reactor)
 
 
 class _TLSFactory(TLSMemoryBIOFactory):

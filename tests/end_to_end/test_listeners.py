@@ -6,9 +6,12 @@ import json
 import os
 import poplib
 import shutil
+import signal
 import socket
 import ssl
+import stat
 import subprocess
+import sys
 import threading
 from typing import Any
 
@@ -21,6 +24,13 @@ from tests.test_listeners import has_ipv6
 
 OWN = "127.77.{}.{}".format(*divmod(os.getpid() % 2**16, 256))
 """An address of this process: systemd-socket-activate is given a port, and finds none itself."""
+
+PASS_ON = """
+import os, sys
+os.dup2(int(sys.argv[1]), 3)
+names = {"LISTEN_PID": str(os.getpid()), "LISTEN_FDS": "1", "LISTEN_FDNAMES": "pop3"}
+os.execve(sys.argv[2], sys.argv[2:], os.environ | names)
+"""
 
 
 class PolicyTests(ServerCase):
@@ -207,6 +217,46 @@ class KindTests(KindCase):
         with socket.socket(socket.AF_UNIX) as connection:
             connection.connect(path)
             self.session(connection)
+
+    def test_systemd_unix_is_left_alone(self) -> None:
+        """No right to the path is needed; mode, path and socket are as before when it ends."""
+        made, moved = (self.folder.path / name for name in ("made", "moved"))
+        with socket.socket(socket.AF_UNIX) as listening:
+            listening.bind(str(made))
+            made.chmod(0o620)
+            listening.listen(7)
+            made.rename(moved)  # nothing can be done to what is not there
+            for _ in range(2):
+                server = self.on_socket(listening, "systemd:domain=UNIX:name=pop3")
+                with socket.socket(socket.AF_UNIX) as connection:
+                    connection.connect(str(moved))
+                    self.session(connection)
+                server.send_signal(signal.SIGTERM)
+                self.assertEqual(server.wait(DEADLINE), -signal.SIGTERM)
+                made.touch()
+            self.assertEqual(stat.S_IMODE(moved.stat().st_mode), 0o620)
+            self.assertEqual(stat.S_IMODE(made.stat().st_mode) & 0o111, 0)
+            with socket.socket(socket.AF_UNIX) as waiting:
+                waiting.connect(str(moved))
+                listening.accept()[0].close()
+
+    def on_socket(self, listening: socket.socket, text: str, *options: str) -> Any:
+        """A server to which this socket is passed as systemd does it: sd_listen_fds(3)."""
+        words = command(self.folder, "--cleartext", "always", *options, listen=(text,))
+        if os.geteuid() == 0:
+            words[words.index("popdrop") : words.index("popdrop")] = ["--uid", "0", "--gid", "0"]
+        child = subprocess.Popen(
+            [sys.executable, "-c", PASS_ON, str(listening.fileno()), *words],
+            cwd=self.folder.path,
+            env=environment(self.folder.path),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+        )
+        self.addCleanup(child.wait, DEADLINE)
+        self.addCleanup(child.kill)
+        return child
 
     # Standard input
 
