@@ -634,6 +634,10 @@ class Popdrop(Service):
 
     def _let_helper_open(self, store: Any) -> None:
         """`open=helper`: have the helper open the spools that the server has no right to."""
+        if self._handed is not None:
+            assert self._helper is not None  # the parent has made sure
+            store.opener = self._helper.open_spool
+            return
         option = f"--store mbox:{store.template}:open={store.opening}"
         if os.geteuid() != 0:
             raise ConfigError(
@@ -649,7 +653,7 @@ class Popdrop(Service):
                     " open=helper-all"
                 )
         if self._helper is None:
-            self._helper = helperclient.HelperProcess([])
+            self._helper = helperclient.HelperProcess([], slots=self._options["workers"] or 1)
         self._helper.spool_rules = helperclient.SpoolRules(
             OPENER, store.template, store.owner, self._options["min-uid"], anybody
         )

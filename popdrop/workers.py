@@ -77,7 +77,7 @@ class Handed(NamedTuple):
         if self.table is not None:
             found.append(self.table)
         if self.helper is not None:
-            found.append(self.helper["slot"])
+            found += [self.helper["slot"], *self.helper["channels"]]
         return found
 
 

@@ -198,17 +198,23 @@ class HelperProcess:
         made = cls([])
         made.kinds = [frozenset(kinds) for kinds in handed["kinds"]]
         connection = socket.socket(fileno=handed["slot"])
-        made.slots = [Slot(connection, Hello(handed["pid"], handed["uid"]))]
+        channels = [socket.socket(fileno=number) for number in handed["channels"]]
+        spools = SpoolSlot(channels) if channels else None
+        made.slots = [Slot(connection, Hello(handed["pid"], handed["uid"]), spools)]
         made.current = made.slots[0]
         made._inherited = True
         return made
 
     def hand_on(self, number: int) -> dict[str, Any]:
-        """What `inherited` takes, for the slot of this 0-based number; its descriptor is `slot`."""
+        """What `inherited` takes, for the slot of this 0-based number.
+
+        Its descriptors are `slot` and `channels`.
+        """
         slot = self.slots[number]
         return {
             "kinds": [sorted(kinds) for kinds in self.kinds],
             "slot": slot.fileno(),
+            "channels": [] if slot.spools is None else slot.spools.filenos(),
             "pid": slot.hello.pid,
             "uid": slot.hello.uid,
         }

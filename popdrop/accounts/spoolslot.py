@@ -57,6 +57,9 @@ class SpoolSlot:
         self._left = len(self._all)
         self._guard = threading.Lock()
         self._closed = False
+        # The end of one is what wakes threads up that wait. Not a shutdown of the channels: those
+        # are the next worker's, too.
+        self._end, self._until_end = socket.socketpair()
         for place, channel in enumerate(self._all):
             channel.setblocking(False)
             self._idle.put((0.0, place))
@@ -92,13 +95,22 @@ class SpoolSlot:
             raise PermanentFailure(NEVER, opened.detail)
         return descriptor
 
+    def filenos(self) -> list[int]:
+        """Of the channels, for a process that is to inherit them."""
+        return [channel.fileno() for channel in self._all]
+
     def _give_back(self, doubt: float | None, place: int) -> None:
         with self._guard:
             if doubt is None or self._closed:
-                self._left -= 1
-                self._all[place].close()
+                self._let_go(place)
             else:
                 self._idle.put((doubt, place))
+
+    def _let_go(self, place: int) -> None:
+        self._left -= 1
+        self._all[place].close()
+        if self._closed and not self._left:
+            self._until_end.close()
 
     def _ask(self, channel: socket.socket, name: bytes, until: float) -> tuple[int | None, Opened]:
         """Raises `EOFError` or `OSError` where the connection is of no use any more."""
@@ -117,7 +129,10 @@ class SpoolSlot:
             raise PermanentFailure(NEVER, "a name that cannot be used") from None
         waiting = select.poll()
         waiting.register(channel, select.POLLIN)
+        waiting.register(self._until_end, select.POLLIN)
         while waiting.poll(max(0.0, until - time.monotonic()) * 1000):
+            if self._closed:
+                raise EOFError
             try:
                 record, descriptors = _received(channel)
             except BlockingIOError:
@@ -140,14 +155,12 @@ class SpoolSlot:
         """Calls in progress fail, and those to come. Idempotent."""
         with self._guard:
             self._closed = True
-            for channel in self._all:
-                # Wakes the thread that has it, which then closes it.
-                with suppress(OSError):
-                    channel.shutdown(socket.SHUT_RDWR)
+            self._end.close()
+            if not self._left:
+                self._until_end.close()
             with suppress(queue.Empty):
                 while True:
-                    self._all[self._idle.get_nowait()[1]].close()
-                    self._left -= 1
+                    self._let_go(self._idle.get_nowait()[1])
 
 
 def _received(channel: socket.socket) -> tuple[bytes, list[int]]:

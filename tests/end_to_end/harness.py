@@ -118,7 +118,7 @@ class Twistd:
     ) -> None:
         """Start `words` in `folder` and read what it says; the case ends it."""
         self.process = subprocess.Popen(
-            words,
+            [*self.around(), *words],
             cwd=folder,
             env=environment(folder) | (more or {}),
             stdin=subprocess.DEVNULL,
@@ -132,6 +132,10 @@ class Twistd:
         self.log: list[str] = []
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
+
+    def around(self) -> list[str]:
+        """Words of a program that starts the server, and becomes it."""
+        return []
 
     def _read(self) -> None:
         assert self.process.stdout is not None

@@ -64,6 +64,8 @@ class Server(Twistd):
 
 
 class OpenHelperTests(SynchronousTestCase):
+    kind: type[Server] = Server
+
     def setUp(self) -> None:
         self.folder = Folder(self)
         self.folder.path.chmod(0o711)
@@ -76,7 +78,7 @@ class OpenHelperTests(SynchronousTestCase):
     def serve(self, *options: str, opening: str = "helper") -> Server | None:
         """`None` without root's rights: then it has said that it needs them."""
         store = f"mbox:{self.spools}/{{user}}:open={opening}"
-        server = Server(self, self.folder, "--store", store, *(options or self.helped))
+        server = self.kind(self, self.folder, "--store", store, *(options or self.helped))
         if not ROOT:
             self.assertIsNotNone(server.wait_for("the helper needs root's rights; start as root"))
             return None
@@ -214,7 +216,7 @@ class OpenHelperTests(SynchronousTestCase):
             self.folder.add(name, name[::-1])
         auth = ("--auth", f"accounts:{self.folder.accounts}")
         store = f"mbox:{self.spools}/{{user}}:open=helper"
-        strict = Server(self, self.folder, "--store", store, *auth)
+        strict = self.kind(self, self.folder, "--store", store, *auth)
         words = "logins that it has verified itself" if ROOT else "needs root's rights"
         self.assertIsNotNone(strict.wait_for(words))
         paths = [

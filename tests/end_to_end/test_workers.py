@@ -6,6 +6,7 @@ Over 400 lines, since what one process does has to be tried once more with sever
 from __future__ import annotations
 
 import contextlib
+import itertools
 import os
 import poplib
 import re
@@ -17,8 +18,11 @@ import subprocess
 import sys
 from pathlib import Path
 
+from twisted.trial.unittest import SkipTest
+
 from benchmarks.mechanisms import Client
-from tests.end_to_end.harness import DEADLINE, Folder, Twistd, environment, mail
+from tests.end_to_end import test_open_helper
+from tests.end_to_end.harness import DEADLINE, ROOT, Folder, Twistd, environment, mail
 from tests.end_to_end.test_helper import Helped, facts
 from tests.end_to_end.test_server import TLS, ServerCase, Wire
 from tests.end_to_end.test_throttle import TURNED_AWAY
@@ -54,6 +58,71 @@ def server_of(client: socket.socket, pids: set[int]) -> int:
     raise AssertionError(f"{inode} is open in none of {pids}")
 
 
+def client_at(server: Twistd, pid: int, pids: set[int]) -> poplib.POP3:
+    """A connection to this worker of `pids`: no other runs when it comes."""
+    others = pids - {pid}
+    for other in others:
+        os.kill(other, signal.SIGSTOP)
+    try:
+        client = server.client()
+    finally:
+        for other in others:
+            os.kill(other, signal.SIGCONT)
+    if server_of(client.sock, pids) != pid:
+        raise AssertionError(f"not at {pid}")
+    return client
+
+
+def shown(folder: Folder) -> list[str]:
+    """Words before a command so that any user can run this Python, were it in root's home.
+
+    A worker is started with the rights of `--uid`. Where a folder on the way is root's alone, the
+    command sees another in its place that holds just what is needed: by a mount namespace.
+    """
+    hidden: dict[Path, list[Path]] = {}
+    for path in {Path(each).resolve() for each in (sys.base_prefix, sys.prefix, ROOT)}:
+        for above in reversed(path.parents):
+            if not above.stat().st_mode & 0o001:
+                hidden.setdefault(above, []).append(path)
+                break
+    if os.geteuid() or not hidden:
+        return []
+    lines = ["set -e"]
+    places = itertools.count()
+    for above, paths in hidden.items():
+        kept = {path: folder.path / f"shown-{next(places)}" for path in paths}
+        lines += [f"mkdir -p {place}; mount --bind {path} {place}" for path, place in kept.items()]
+        lines += [f"mount -t tmpfs -o mode=755 none {above}"]
+        lines += [f"mkdir -p {path}; mount --move {place} {path}" for path, place in kept.items()]
+    return ["unshare", "-m", "sh", "-c", "; ".join([*lines, 'exec "$@"']), "sh"]
+
+
+def may_run(folder: Folder) -> bool:
+    """Whether another user can run this Python: not where no file system may be mounted."""
+    if os.geteuid():
+        return False
+    words = ["setpriv", "--reuid=games", "--clear-groups", sys.executable, "-c", "import twisted"]
+    done = subprocess.run(
+        [*shown(folder), *words],
+        cwd="/",
+        env=environment(folder.path),
+        stderr=subprocess.DEVNULL,
+        timeout=DEADLINE,
+        check=False,
+    )
+    return done.returncode == 0
+
+
+class ShownHelped(Helped):
+    def around(self) -> list[str]:
+        return shown(self.folder) if self.dropped else []
+
+
+class ShownServer(test_open_helper.Server):
+    def around(self) -> list[str]:
+        return shown(self.folder)
+
+
 class WorkerCase(ServerCase):
     workers = 2
 
@@ -85,17 +154,8 @@ class WorkerCase(ServerCase):
         return client
 
     def login_at(self, pid: int, name: str) -> poplib.POP3:
-        """A session at this worker: no other runs when the connection comes."""
-        others = self.pids - {pid}
-        for other in others:
-            os.kill(other, signal.SIGSTOP)
-        try:
-            client = self.server.client()
-        finally:
-            for other in others:
-                os.kill(other, signal.SIGCONT)
-        self.assertEqual(server_of(client.sock, self.pids), pid)
-        return self.enter(client, name)
+        """A session at this worker."""
+        return self.enter(client_at(self.server, pid, self.pids), name)
 
 
 class ServingTests(WorkerCase):
@@ -366,33 +426,17 @@ class StartTests(WorkerCase):
 class RightsTests(WorkerCase):
     """Started as root with `--uid`, where there are such rights; else with what there is."""
 
-    def start(self, *options: str) -> Helped:
+    def start(self, *options: str) -> ShownHelped:
         words = self.folder.path / "words"
         if not words.exists():
             words.write_text("hunter2\n")
             words.chmod(0o600)
         options = ("--workers", "2", "--auth", f"helper:reads:{words}", *options)
-        self.server = server = Helped(self, self.folder, *options, drop=self.may_run())
+        drop = may_run(self.folder)
+        self.server = server = ShownHelped(self, self.folder, *options, drop=drop)
         self.pids = {int(pid) for pid in re.findall(SERVES, "\n".join(server.log))}
         self.assertEqual(len(self.pids), 2)
         return server
-
-    def may_run(self) -> bool:
-        """Whether another user can run this Python: one in root's home is root's alone."""
-        if os.geteuid():
-            return False
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", "import twisted"],
-                user="games",
-                cwd="/",
-                env=environment(self.folder.path),
-                stderr=subprocess.DEVNULL,
-                check=False,
-            )
-        except PermissionError:
-            return False
-        return done.returncode == 0
 
     def uids(self, pid: int) -> set[int]:
         found = facts(pid)
@@ -433,3 +477,58 @@ class RightsTests(WorkerCase):
         other.chmod(0o600)
         failure = self.assertRaises(AssertionError, self.start, "--starttls", str(other))
         self.assertIn(f"popdrop: --starttls {other}: {other} may not be read", str(failure))
+
+
+class SpoolsTests(test_open_helper.OpenHelperTests):
+    """`open=helper`: all that holds with one process, and spools of others at each worker."""
+
+    kind = ShownServer
+
+    def serve(self, *options: str, opening: str = "helper") -> test_open_helper.Server | None:
+        if test_open_helper.ROOT and not may_run(self.folder):
+            raise SkipTest("needs a Python that others may run: the Debian package python3")
+        return super().serve("--workers", "2", *(options or self.helped), opening=opening)
+
+    def test_at_each(self) -> None:
+        """A worker, too, that has taken the place of one that was killed."""
+        first, second, third = test_open_helper.UIDS
+        paths = [self.spool(f"u{uid}", uid, mail(1) + mail(2)) for uid in (first, second, third)]
+        server = self.serve()
+        if server is None:
+            return
+        pids = {int(pid) for pid in re.findall(SERVES, "\n".join(server.log))}
+        one, two = sorted(pids)
+        for pid in pids:
+            uids = set(map(int, facts(pid)["Uid"]))
+            self.assertEqual(uids & {0, first, second, third}, set())
+        held = self.enter(client_at(server, one, pids), f"u{first}")
+        kept = self.enter(client_at(server, two, pids), f"u{second}")
+        self.assertIn(b"[IN-USE]", self.fails(client_at(server, two, pids), f"u{first}"))
+        held.dele(1)
+        os.kill(one, signal.SIGKILL)
+        new = int(server.wait_for(SERVES)[1])
+        pids = {two, new}
+        for uid, path in ((third, paths[2]), (first, paths[0])):
+            client = self.enter(client_at(server, new, pids), f"u{uid}")
+            self.assertEqual(client.stat()[0], 2)
+            client.dele(1)
+            client.quit()
+            self.assertEqual(path.read_bytes(), mail(2))
+        kept.dele(2)
+        kept.quit()
+        self.assertEqual(paths[1].read_bytes(), mail(1))
+        # In good order, too: what the one shuts is still the next one's.
+        os.kill(new, signal.SIGTERM)
+        again = int(server.wait_for(SERVES)[1])
+        client = self.enter(client_at(server, again, {two, again}), f"u{third}")
+        self.assertEqual(client.stat()[0], 1)
+
+    def enter(self, client: poplib.POP3, name: str) -> poplib.POP3:
+        self.addCleanup(client.close)
+        client.user(name)
+        client.pass_(name[::-1])
+        return client
+
+    def fails(self, client: poplib.POP3, name: str) -> bytes:
+        failure = self.assertRaises(poplib.error_proto, self.enter, client, name)
+        return bytes(failure.args[0])
