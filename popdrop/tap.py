@@ -898,10 +898,15 @@ class Popdrop(Service):
         seconds = notify.watchdog_seconds()
         if seconds is not None:
             # By the reactor's timer: what stops the reactor stops the signs of life.
-            self._living = LoopingCall(notify.tell, notify.ALIVE)
+            self._living = LoopingCall(self._live, seconds)
             self._living.clock = self._reactor
             self._living.start(seconds)
         self._reactor.callWhenRunning(notify.tell, notify.READY)
+
+    def _live(self, seconds: float) -> None:
+        """A sign of life, twice in the time that systemd waits for one. Somebody has to serve."""
+        if self._workers is None or self._workers.live(2 * seconds):
+            notify.tell(notify.ALIVE)
 
     def _start_workers(self) -> None:
         """With the rights that are left, as each later one."""
@@ -912,6 +917,7 @@ class Popdrop(Service):
         ]
         fds = [log.descriptor for log in self._session_logs if log.descriptor is not None]
         sockets = zip(self._listeners, self._ports, strict=True)
+        seconds = notify.watchdog_seconds()
         handed = Handed(
             arguments=self._options.given,
             folder=self._folder,
@@ -922,6 +928,7 @@ class Popdrop(Service):
             ],
             table=self._table,
             logs=dict(fds),
+            alive=None if seconds is None else seconds / 2,
         )
         self._workers = Workers(self._reactor, [handed._replace(helper=slot) for slot in slots])
         try:

@@ -18,6 +18,7 @@ from typing import Any, Final
 
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IReadDescriptor
+from twisted.internet.task import LoopingCall
 from twisted.logger import ILogObserver, LogEvent, LogLevel, eventAsText, globalLogBeginner
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -186,6 +187,11 @@ def main(config: dict[str, Any]) -> None:
             signal.signal(number, channel.asked)
         channel.ready = True
         channel.send(b'["ready"]')
+        if handed.alive is not None:
+            # By the reactor's timer: what stops the reactor stops the signs of life.
+            living = LoopingCall(channel.send, b'["alive"]')
+            living.clock = reactor
+            living.start(handed.alive)
 
     reactor.callWhenRunning(serves)
     reactor.run()

@@ -60,7 +60,8 @@ class Handed(NamedTuple):
 
     `arguments` are the words of the command line, `folder` is where they were given. `listeners`
     are string, socket and `trusted_address`. `logs` are the descriptors of `--session-log`: what
-    stands for N. `helper` is that of `HelperProcess.hand_on`.
+    stands for N. `helper` is that of `HelperProcess.hand_on`. `alive` are the seconds between two
+    signs of life; `None`: nobody waits for them.
     """
 
     arguments: Sequence[str]
@@ -70,6 +71,7 @@ class Handed(NamedTuple):
     table: int | None
     logs: dict[int, int]
     helper: dict[str, Any] | None = None
+    alive: float | None = None
 
     def descriptors(self) -> list[int]:
         """All of them."""
@@ -145,7 +147,7 @@ class _Worker:
         self.number = number
         self.ready = False
         self.failure: str | None = None
-        self.began = time.monotonic()
+        self.began = self._heard = time.monotonic()
         here, there = socket.socketpair()
         errors, stderr = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(stderr, True)
@@ -243,6 +245,12 @@ class _Worker:
         os.close(self._watch)
         return f"signal {-code}" if code < 0 else f"exit status {code}"
 
+    def silent(self) -> float:
+        """Seconds since it has given a sign of life."""
+        while self._records.read():
+            pass  # what has come while we did not run
+        return time.monotonic() - self._heard
+
     def send(self, *words: str) -> None:
         """A record to the worker. One that does not read for long loses it."""
         with suppress(OSError):
@@ -264,8 +272,11 @@ class _Worker:
             kind, *words = json.loads(line)
             if kind == "log":
                 self._publish(*words)
+            elif kind == "alive":
+                self._heard = time.monotonic()
             elif kind == "ready":
                 self.ready = True
+                self._heard = time.monotonic()
                 log.info("worker {number} pid {pid} serves", number=self.number, pid=self.pid)
             elif kind == "reloaded":
                 self._reloads.popleft().callback(None)
@@ -368,6 +379,23 @@ class Workers:
         for worker in self._running.values():
             worker.send("hurry")
 
+    def live(self, limit: float) -> bool:
+        """Whether any serves. Kills what has given no sign of life for `limit` seconds."""
+        found = False
+        for worker in self._running.values():
+            if not worker.ready:
+                continue
+            if worker.silent() <= limit:
+                found = True
+            elif self._stopping is None:
+                log.error(
+                    "worker {number} pid {pid} gives no sign of life, and is killed",
+                    number=worker.number,
+                    pid=worker.pid,
+                )
+                worker.signal(signal.SIGKILL)
+        return found
+
     def _ended(self, worker: _Worker) -> None:
         number = worker.number
         del self._running[number]
@@ -383,7 +411,8 @@ class Workers:
         pause = self._pauses[number]
         self._pauses[number] = min(2 * pause, supervisor.LONGEST_PAUSE)
         log.error(
-            "worker {number} pid {pid} ended ({reason}); a new one is started",
+            "worker {number} pid {pid} ended ({reason}); a new one is started in {pause:g} s",
+            pause=pause,
             number=number,
             pid=worker.pid,
             reason=reason,

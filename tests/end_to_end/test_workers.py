@@ -132,8 +132,16 @@ class WorkerCase(ServerCase):
             self.folder.add(f"user{number}", password="hunter2")
             self.folder.spool(f"user{number}", mail(1) + mail(2))
 
-    def serve(self, *options: str, listen: tuple[str, ...] = ()) -> Twistd:
-        server = super().serve("--workers", str(self.workers), *options, listen=listen)
+    def serve(
+        self,
+        *options: str,
+        listen: tuple[str, ...] = (),
+        variables: dict[str, str] | None = None,
+    ) -> Twistd:
+        options = ("--workers", str(self.workers), *options)
+        listen = listen or self.listen
+        server = Twistd(self, self.folder, *options, listen=listen, variables=variables)
+        self.server = server
         self.pids = {int(pid) for pid in re.findall(SERVES, "\n".join(server.log))}
         self.assertEqual(len(self.pids), self.workers)
         self.assertEqual(children(server.process.pid), self.pids)
@@ -155,7 +163,12 @@ class WorkerCase(ServerCase):
 
     def login_at(self, pid: int, name: str) -> poplib.POP3:
         """A session at this worker."""
-        return self.enter(client_at(self.server, pid, self.pids), name)
+        return self.enter(self.client_at(pid), name)
+
+    def client_at(self, pid: int) -> poplib.POP3:
+        client = client_at(self.server, pid, self.pids)
+        self.addCleanup(client.close)
+        return client
 
 
 class ServingTests(WorkerCase):
@@ -262,7 +275,7 @@ class EndTests(WorkerCase):
         os.kill(one, signal.SIGKILL)
         self.assertRaises((poplib.error_proto, ConnectionResetError), lost.noop)
         self.assertEqual(kept.stat()[0], 2)
-        server.wait_for(rf"worker \d pid {one} ended \(signal 9\); a new one is started")
+        server.wait_for(rf"worker \d pid {one} ended \(signal 9\); a new one is started in 0.1 s")
         new = int(server.wait_for(SERVES)[1])
         self.pids = {two, new}
         self.assertEqual(children(server.process.pid), self.pids)
