@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import threading
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from typing import IO
 
@@ -34,9 +35,9 @@ class Run:
 
 
 class Generator:
-    """Runs scenarios from one core."""
+    """Runs scenarios from one core, or from any of these."""
 
-    def __init__(self, core: int) -> None:
+    def __init__(self, core: int | Collection[int]) -> None:
         self.core = core
         self.program = tools.compiled("load")
         self.others: list[float] = []

@@ -12,7 +12,7 @@ import pwd
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.metadata import version as distribution_version
 from pathlib import Path
 
@@ -46,7 +46,7 @@ class Peer:
     maildrops = True
     """Whether there is any mail behind the answers."""
 
-    def __init__(self, folder: Path, core: int, password: str) -> None:
+    def __init__(self, folder: Path, core: int | Collection[int], password: str) -> None:
         self.folder = folder / self.key
         self.spools = self.folder / "mail"
         self.core = core
@@ -143,7 +143,7 @@ class Popdrop(Peer):
     title = "Popdrop"
     more_options: tuple[str, ...] = ()
 
-    def __init__(self, folder: Path, core: int, password: str) -> None:
+    def __init__(self, folder: Path, core: int | Collection[int], password: str) -> None:
         super().__init__(folder, core, password)
         if self.owner is not None and not self._may_run():
             # An interpreter below somebody's home folder, mode 0700: root's rights are needed.
@@ -317,7 +317,9 @@ class Canned(Peer):
     title = "Canned C"
     maildrops = False
 
-    def __init__(self, folder: Path, core: int, password: str, messages: int) -> None:
+    def __init__(
+        self, folder: Path, core: int | Collection[int], password: str, messages: int
+    ) -> None:
         super().__init__(folder, core, password)
         self.messages = messages
 

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -104,7 +104,7 @@ def cores() -> tuple[int, int]:
 
 def start(
     command: Sequence[str],
-    core: int,
+    core: int | Collection[int],
     *,
     log: Path | None = None,
     user: tuple[int, int] | None = None,
@@ -112,11 +112,11 @@ def start(
     cwd: Path | None = None,
     pipes: bool = False,
 ) -> subprocess.Popen[bytes]:
-    """A child in its own session, pinned to `core`; as `user` (uid, gid) if we are root."""
+    """A child in its own session, pinned to `core`, or to these; as `user` (uid, gid) for root."""
     allowed = os.sched_getaffinity(0)
     output = log.open("ab") if log is not None else None
     # A child inherits the mask: set here, it holds from the child's first instruction on.
-    os.sched_setaffinity(0, {core})
+    os.sched_setaffinity(0, {core} if isinstance(core, int) else core)
     try:
         uid, gid = user if user is not None else (None, None)
         return subprocess.Popen(

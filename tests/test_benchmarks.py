@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from benchmarks import process, report, tools
+from benchmarks import process, report, tools, workers
 from benchmarks.__main__ import _parser, _sizes
 from benchmarks.bench import Bench, Figure, Sizes
 from benchmarks.corpus import MEDIAN, Corpus, quote, write_spool
@@ -538,6 +538,17 @@ class ProcessTests(SynchronousTestCase):
                     stream.close()
         self.assertLess(abs(weights[1] - weights[0] - 40_000_000), 4_000_000)
 
+    def test_cores_of_a_child(self) -> None:
+        """One, or several; and our own stay."""
+        allowed = os.sched_getaffinity(0)
+        one = min(allowed)
+        for cores, wanted in ((one, {one}), (sorted(allowed), allowed)):
+            code = "import os; print(*os.sched_getaffinity(0))"
+            child = process.start([sys.executable, "-c", code], cores, pipes=True)
+            told, _ = child.communicate()
+            self.assertEqual(set(map(int, told.split())), wanted)
+            self.assertEqual(os.sched_getaffinity(0), allowed)
+
     def test_port(self) -> None:
         """A port is waited for until nobody listens on it."""
         self.patch(process, "STOP_SECONDS", 0.0)
@@ -545,6 +556,54 @@ class ProcessTests(SynchronousTestCase):
             port = server.getsockname()[1]
             self.assertRaises(Failed, wait_for_port, port)
         wait_for_port(port)
+
+
+class WorkersTests(SynchronousTestCase):
+    """`benchmarks.workers`: the client counted apart."""
+
+    run_ = Run(count=900, octets=0, seconds=1.0, cpu=1.5, generator=0.3, others=0.2)
+
+    def test_client_apart(self) -> None:
+        """Half a core was not to be had: 900 sessions/s by 1.5 cores are 1200 by two."""
+        rate = workers.Rate.of(self.run_, 2, shared=True)
+        self.assertEqual((rate.measured, rate.apart, rate.ceiling), (900.0, 1200.0, 1200.0))
+        self.assertAlmostEqual(rate.server, 1.5 / 900 * 1000)
+
+    def test_idle_cores_do_not_flatter(self) -> None:
+        """A server that does not use what is left is no faster for it."""
+        lazy = replace(self.run_, cpu=0.75)
+        self.assertEqual(workers.Rate.of(lazy, 2, shared=True).apart, 1200.0)
+        self.assertEqual(workers.Rate.of(lazy, 2, shared=True).ceiling, 2400.0)
+
+    def test_a_core_of_its_own(self) -> None:
+        """Nothing is taken from it, and nothing is added."""
+        alone = replace(self.run_, cpu=1.0)
+        rate = workers.Rate.of(alone, 1, shared=False)
+        self.assertEqual((rate.measured, rate.apart, rate.ceiling), (900.0, 900.0, 900.0))
+
+    def test_nothing_left(self) -> None:
+        for wrong in (replace(self.run_, others=1.7), replace(self.run_, cpu=0.0)):
+            self.assertRaises(Failed, workers.Rate.of, wrong, 2, True)
+
+    def test_table(self) -> None:
+        kinds = (workers.OneProcess, workers.OneWorker, workers.TwoWorkers)
+        one = replace(self.run_, cpu=1.0, others=0.0)
+        rates = (
+            workers.Rate.of(one, 1, False),
+            workers.Rate.of(replace(one, count=600), 1, False),
+            workers.Rate.of(self.run_, 2, True),
+        )
+        middles = {kind.key: rate for kind, rate in zip(kinds, rates, strict=True)}
+        text = workers.table(kinds, middles)
+        self.assertIn("workers / one: 1.33, with the client on the same cores 1.00; by CPU", text)
+        self.assertIn("workers / worker: 2.00", text)
+        self.assertNotIn("measure again", text)
+        middles["one"] = replace(middles["one"], others=0.21)
+        self.assertIn("measure again", workers.table(kinds, middles))
+
+    def test_middle_of_each_figure(self) -> None:
+        rates = [workers.Rate(*([float(n)] * 5), float(-n)) for n in (5, 1, 2)]
+        self.assertEqual(workers.middle(rates), workers.Rate(2.0, 2.0, 2.0, 2.0, 2.0, -2.0))
 
 
 class SpoolTests(SynchronousTestCase):

@@ -1,0 +1,183 @@
+"""`python -m benchmarks.workers`: sessions/s of two workers on two cores, and of one on one.
+
+Each session is connect, APOP, STAT, QUIT, 16 at once, by the load generator in C. The servers, one
+process without `--workers`, one worker and two, take turns.
+
+One process, or one worker and its parent, has a core for itself, and the generator the other. Two
+workers have both cores, and so the generator takes time from them: it is counted apart. What it
+used, and what other programs used or the hypervisor took, was not to be had for the server; the
+rate for a client on another machine is that of the run divided by the share of the cores that was
+left. A core that was idle counts as left, so it does not flatter. `by CPU` is the same from the
+server's processor time alone, that of the parent included: sessions/s if its cores did nothing
+else. Where both differ, the server was idle at times, or the machine was busy.
+"""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+
+from benchmarks import tools
+from benchmarks.generator import Generator, Run
+from benchmarks.peers import Popdrop
+from benchmarks.process import Failed, cores
+
+MESSAGES = 10
+USERS = 64
+"""Twice as many as are at work at once at most, so that nobody finds his maildrop in use."""
+AT_ONCE = 16
+BUSY = 0.2
+"""Cores used by others, above which the times say little (benchmarks/README.md)."""
+
+
+class OneProcess(Popdrop):
+    """On one core."""
+
+    key = "one"
+    cores = 1
+
+
+class OneWorker(OneProcess):
+    """One worker and its parent, on one core."""
+
+    key = "worker"
+    more_options = ("--workers", "1")
+
+
+class TwoWorkers(OneProcess):
+    """Two workers and their parent, on both cores."""
+
+    key = "workers"
+    cores = 2
+    more_options = ("--workers", "2")
+
+
+@dataclass(frozen=True)
+class Rate:
+    """Of one run. Rates are sessions per second, times milliseconds of processor a session."""
+
+    measured: float
+    apart: float
+    """With what the generator and others used of the server's cores counted apart."""
+    ceiling: float
+    """By the server's processor time alone."""
+    server: float
+    generator: float
+    others: float
+    """Cores, of those that do not belong to the server alone."""
+
+    @classmethod
+    def of(cls, run: Run, count: int, shared: bool) -> Rate:
+        """`count` is the number of the server's cores; `shared`: it shares them with the generator.
+
+        Raises `Failed` where nothing was left for the server.
+        """
+        measured = run.count / run.seconds
+        left = count - (run.generator + run.others if shared else 0.0)
+        if left <= 0 or run.cpu <= 0:
+            raise Failed("the machine is too busy: nothing was left for the server")
+        return cls(
+            measured,
+            measured * count / left,
+            run.count / run.cpu * count,
+            run.cpu / run.count * 1e3,
+            run.generator,
+            run.others,
+        )
+
+
+def middle(rates: Sequence[Rate]) -> Rate:
+    """The median of each figure."""
+    columns = zip(*(vars(rate).values() for rate in rates), strict=True)
+    return Rate(*map(median, columns))
+
+
+@contextmanager
+def serving(
+    kinds: Sequence[type[OneProcess]], options: tuple[str, ...]
+) -> Iterator[list[OneProcess]]:
+    """All of them at once, with these options, idle until they are asked.
+
+    Raises `Failed`, `tools.Missing`.
+    """
+    first, second = cores()
+    folder = Path(tempfile.mkdtemp(prefix="popdrop-bench-", dir="/var/tmp"))
+    folder.chmod(0o755)
+    users = [f"s{number}" for number in range(USERS)]
+    small, _ = tools.spool(messages=MESSAGES)
+    password = secrets.token_hex(12)
+    servers: list[OneProcess] = []
+    try:
+        for kind in kinds:
+            server = kind(folder, first if kind.cores == 1 else (first, second), password)
+            server.more_options += options
+            servers.append(server)
+            server.start(users)
+            for user in users:
+                server.place(small, user)
+        yield servers
+    finally:
+        for server in servers:
+            server.stop()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def measure(server: OneProcess, count: int) -> Rate:
+    """One run."""
+    shared = server.cores > 1
+    generator = Generator(cores() if shared else cores()[1])
+    options = {"users": USERS, "concurrency": AT_ONCE, "messages": MESSAGES}
+    run = generator.run(server, "session", "apop", user="s", count=count, **options)
+    return Rate.of(run, server.cores, shared)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=__doc__)
+    parser.add_argument("--sessions", type=int, default=4000, metavar="N", help="(%(default)s)")
+    parser.add_argument("--runs", type=int, default=5, metavar="N", help="(%(default)s)")
+    parser.add_argument("--throttle", default="off", metavar="TEXT", help="(%(default)s)")
+    given = parser.parse_args(argv)
+    kinds = (OneProcess, OneWorker, TwoWorkers)
+    with serving(kinds, ("--throttle", given.throttle)) as servers:
+        found: dict[str, list[Rate]] = {server.key: [] for server in servers}
+        for number in range(given.runs + 1):
+            for server in servers:
+                rate = measure(server, given.sessions if number else 500)
+                if number:
+                    found[server.key].append(rate)
+    middles = {key: middle(rates) for key, rates in found.items()}
+    print(table(kinds, middles))
+    return 0
+
+
+def table(kinds: Sequence[type[OneProcess]], middles: dict[str, Rate]) -> str:
+    """The figures of each, and how many times as fast the last is as each other."""
+    lines = ["sessions/s  measured  client apart  by CPU  CPU ms  generator  others"]
+    for kind in kinds:
+        rate = middles[kind.key]
+        lines.append(
+            f"{kind.key:10} {rate.measured:9.0f} {rate.apart:13.0f} {rate.ceiling:7.0f}"
+            f" {rate.server:7.3f} {rate.generator:10.2f} {rate.others:7.2f}"
+        )
+    *others, last = (middles[kind.key] for kind in kinds)
+    for kind, one in zip(kinds, others, strict=False):
+        lines.append(
+            f"{kinds[-1].key} / {kind.key}: {last.apart / one.apart:.2f}, with the client on the"
+            f" same cores {last.measured / one.measured:.2f}; by CPU"
+            f" {last.ceiling / one.ceiling:.2f}"
+        )
+    if max(rate.others for rate in middles.values()) > BUSY:
+        lines.append(f"Others used over {BUSY} cores: measure again, or trust `by CPU` only.")
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
