@@ -593,13 +593,18 @@ class WorkersTests(SynchronousTestCase):
             workers.Rate.of(replace(one, count=600), 1, False),
             workers.Rate.of(self.run_, 2, True),
         )
-        middles = {kind.key: rate for kind, rate in zip(kinds, rates, strict=True)}
-        text = workers.table(kinds, middles)
-        self.assertIn("workers / one: 1.33, with the client on the same cores 1.00; by CPU", text)
+        found = {kind.key: [rate] * 3 for kind, rate in zip(kinds, rates, strict=True)}
+        found["workers"][0] = workers.Rate.of(replace(self.run_, cpu=1.2), 2, True)
+        text = workers.table(kinds, found)
+        self.assertIn(
+            "workers / one: 1.33, with the client on the same cores 1.00; by CPU 1.33, in the best"
+            " runs 1.67",
+            text,
+        )
         self.assertIn("workers / worker: 2.00", text)
         self.assertNotIn("measure again", text)
-        middles["one"] = replace(middles["one"], others=0.21)
-        self.assertIn("measure again", workers.table(kinds, middles))
+        found["one"] = [replace(rates[0], others=0.21)] * 3
+        self.assertIn("measure again", workers.table(kinds, found))
 
     def test_middle_of_each_figure(self) -> None:
         rates = [workers.Rate(*([float(n)] * 5), float(-n)) for n in (5, 1, 2)]
