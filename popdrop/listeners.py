@@ -12,6 +12,7 @@ Over 400 lines since each kind brings its own words and remedies.
 from __future__ import annotations
 
 import errno
+import os
 import socket
 from dataclasses import dataclass
 from functools import lru_cache
@@ -177,6 +178,10 @@ def _proxied(
             f"{option}: whoever reaches it could name any address as his own; name the proxies,"
             " as --trusted-proxies 127.0.0.1,::1"
         )
+    return _behind(reactor, text, inner, proxies)
+
+
+def _behind(reactor: object, text: str, inner: Listener, proxies: tuple[Network, ...]) -> Listener:
     clock = cast(IReactorTime, reactor)
     if isinstance(inner.endpoint, _TLSEndpoint):
         plain = ProxiedEndpoint(inner.endpoint.plain, proxies, clock)
@@ -188,7 +193,12 @@ def _proxied(
 
 
 def from_parent(
-    reactor: object, text: str, keyring: Keyring, descriptor: int, trusted_address: bool
+    reactor: object,
+    text: str,
+    keyring: Keyring,
+    descriptor: int,
+    trusted_address: bool,
+    proxies: tuple[Network, ...] = (),
 ) -> Listener:
     """What `--listen text` describes, over a listening socket that the parent has bound.
 
@@ -197,10 +207,11 @@ def from_parent(
     option = f"--listen {text}"
     spec = parse("--listen", text)
     scheme = spec.kind.lower()
-    if inherited.family(descriptor) is None:
-        plain: Any = inherited.AdoptedUnixSocket(reactor, descriptor)
-    else:
-        plain = _Inherited(reactor, descriptor)
+    if scheme == "haproxy":
+        behind = text.partition(":")[2]
+        inner = from_parent(reactor, behind, keyring, descriptor, trusted_address)
+        return _behind(reactor, text, inner, proxies)
+    plain = _Inherited(reactor, descriptor)
     if scheme in ("tls", "ssl"):
         certificates = _tls(reactor, option, text, scheme, spec, keyring).certificates
     elif scheme == "systemd" and "tls" in spec.kwargs:
@@ -403,13 +414,17 @@ class _EveryAddress:
 
 @implementer(IStreamServerEndpoint)
 class _Inherited:
-    """A listening TCP socket that the parent has bound, and that others accept from, too."""
+    """A listening socket that the parent has bound, and that others accept from, too."""
 
     def __init__(self, reactor: object, descriptor: int) -> None:
         self._reactor: Any = reactor
         self._descriptor = descriptor
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
+        with socket.socket(fileno=os.dup(self._descriptor)) as duplicate:
+            is_unix = duplicate.family == socket.AF_UNIX
+        if is_unix:
+            return inherited.AdoptedUnixSocket(self._reactor, self._descriptor).listen(factory)
         return defer.execute(self._listen, factory)
 
     def _listen(self, factory: IProtocolFactory) -> IListeningPort:

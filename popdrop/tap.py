@@ -563,9 +563,14 @@ class Popdrop(Service):
     def _parsed_listeners(self) -> list[listeners.Listener]:
         texts = self._options["listen"]
         self._default_listeners = not texts
+        proxies = tuple(
+            each
+            for text in self._options["trusted-proxies"]
+            for each in networks("--trusted-proxies", text)
+        )
         if self._handed is not None:
             return [
-                listeners.from_parent(self._reactor, text, self._keyring, number, trusted)
+                listeners.from_parent(self._reactor, text, self._keyring, number, trusted, proxies)
                 for text, number, trusted in self._handed.listeners
             ]
         if not texts:
@@ -574,19 +579,14 @@ class Popdrop(Service):
             if self._demo is not None and not (_is_free(plain) and _is_free(tls)):
                 plain = tls = 0
             texts = [text.format(plain=plain, tls=tls, pem=pem) for text in LOOPBACK_LISTENERS]
-        proxies = tuple(
-            each
-            for text in self._options["trusted-proxies"]
-            for each in networks("--trusted-proxies", text)
-        )
         found = [listeners.from_spec(self._reactor, t, self._keyring, proxies) for t in texts]
         if proxies and not any(each.scheme == "haproxy" for each in found):
             raise ConfigError("--trusted-proxies: no listener takes PROXY headers; use haproxy:...")
         for each in found if self._leads else ():
-            if each.scheme not in FOR_WORKERS:
+            if each.text.lower().removeprefix("haproxy:").partition(":")[0] not in FOR_WORKERS:
                 raise ConfigError(
                     f"--listen {each.text}: processes of --workers cannot share it; use one of"
-                    f" {', '.join(FOR_WORKERS)}, or leave --workers out"
+                    f" {', '.join(FOR_WORKERS)}, haproxy, or leave --workers out"
                 )
         under_tls = False
         for number, each in enumerate(found):

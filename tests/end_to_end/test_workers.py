@@ -16,11 +16,13 @@ import socket
 import stat
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest
 
 from benchmarks.mechanisms import Client
+from popdrop import certs
 from tests.end_to_end import test_open_helper
 from tests.end_to_end.harness import DEADLINE, ROOT, Folder, Twistd, environment, mail
 from tests.end_to_end.test_helper import Helped, facts
@@ -58,16 +60,23 @@ def server_of(client: socket.socket, pids: set[int]) -> int:
     raise AssertionError(f"{inode} is open in none of {pids}")
 
 
-def client_at(server: Twistd, pid: int, pids: set[int]) -> poplib.POP3:
-    """A connection to this worker of `pids`: no other runs when it comes."""
+@contextlib.contextmanager
+def alone(pid: int, pids: set[int]) -> Iterator[None]:
+    """No other worker of `pids` runs."""
     others = pids - {pid}
     for other in others:
         os.kill(other, signal.SIGSTOP)
     try:
-        client = server.client()
+        yield
     finally:
         for other in others:
             os.kill(other, signal.SIGCONT)
+
+
+def client_at(server: Twistd, pid: int, pids: set[int]) -> poplib.POP3:
+    """A connection to this worker of `pids`: no other runs when it comes."""
+    with alone(pid, pids):
+        client = server.client()
     if server_of(client.sock, pids) != pid:
         raise AssertionError(f"not at {pid}")
     return client
@@ -264,6 +273,36 @@ class ServingTests(WorkerCase):
         server.stop()
         self.assertFalse(path.exists())
 
+    def test_behind_a_proxy(self) -> None:
+        """With a PROXY header before all else, TLS included; the client's address counts."""
+        pem = f"{self.folder.state}/self-made.pem"
+        certs.self_made(str(self.folder.state), "localhost")
+        server = self.serve(
+            *("--trusted-proxies", "127.0.0.1", "--throttle", "memory:per-address=1"),
+            listen=(
+                "haproxy:tcp:0:interface=127.0.0.1",
+                f"haproxy:tls:{pem}:0:interface=127.0.0.1",
+            ),
+        )
+        one, two = sorted(self.pids)
+        plain, secure = server.ports
+        with alone(one, self.pids):
+            held = self.proxied(plain, "192.0.2.7")
+            self.assertTrue(held.line().startswith(b"+OK"))
+        with alone(two, self.pids):
+            self.assertEqual(self.proxied(plain, "192.0.2.7").line().rstrip(), TURNED_AWAY)
+            other = self.proxied(secure, "192.0.2.8")
+            other.start_tls(self.trusting())
+            self.assertTrue(other.line().startswith(b"+OK"))
+            other.send(b"USER bob\r\nPASS hunter2\r\nQUIT\r\n")
+            other.rest()
+            self.assertIn("192.0.2.8", server.wait_for('login user="bob"').string)
+
+    def proxied(self, port: int, address: str) -> Wire:
+        wire = Wire(self, port)
+        wire.send(f"PROXY TCP4 {address} 192.0.2.1 40000 110\r\n".encode())
+        return wire
+
 
 class EndTests(WorkerCase):
     def test_a_worker_is_killed(self) -> None:
@@ -386,10 +425,6 @@ class StartTests(WorkerCase):
     def test_what_cannot_be_shared(self) -> None:
         for options, words in (
             (("--listen", "stdio:"), "--listen stdio:: processes of --workers cannot share it"),
-            (
-                ("--listen", "haproxy:tcp:0", "--trusted-proxies", "127.0.0.1"),
-                "cannot share it; use one of tcp, tcp6, tls",
-            ),
             (("--demo",), "--demo serves from one process"),
         ):
             done = self.run_to_its_end("-n", "popdrop", "--workers", "2", *options)
