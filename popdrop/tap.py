@@ -670,6 +670,8 @@ class Popdrop(Service):
             )
         if parent.get("uid"):
             return
+        if self._handed is not None:
+            return  # the parent has been asked
         if all(map(_is_local, self._listeners)):
             log.warn(
                 "running as root, so on loopback only; better: twistd --uid popdrop --gid mail"

@@ -226,8 +226,8 @@ class KindTests(KindCase):
             made.chmod(0o620)
             listening.listen(7)
             made.rename(moved)  # nothing can be done to what is not there
-            for _ in range(2):
-                server = self.on_socket(listening, "systemd:domain=UNIX:name=pop3")
+            for options in ((), ("--workers", "2")):
+                server = self.on_socket(listening, "systemd:domain=UNIX:name=pop3", *options)
                 with socket.socket(socket.AF_UNIX) as connection:
                     connection.connect(str(moved))
                     self.session(connection)
