@@ -288,6 +288,14 @@ class ProxiedPort:
         """The listening socket, where there is one."""
         return getattr(self.plain, "socket", None)
 
+    def fileno(self) -> int:
+        """Of the listening socket."""
+        return int(self._plain.fileno())
+
+    def stopReading(self) -> None:
+        """Let others accept."""
+        self._plain.stopReading()
+
     def startListening(self) -> None:
         """As the plain port does."""
         self.plain.startListening()

@@ -949,16 +949,16 @@ class Popdrop(Service):
         No session is dropped. Fires when all has been read.
         """
         if self._stopping:
-            return succeed(None)  # systemd must not hear that a server is ready which ends
+            # systemd must not hear that a server is ready which ends.
+            return succeed(None)
         notify.tell(notify.reloading())
         log.info("opening the session logs anew")
         self._session_log.reopen()
         looks = [self._look_at_files()]
         if self._workers is not None:
             looks.append(self._workers.reload())
-        done = gatherResults(looks)
-        done.addCallback(lambda _: self._stopping or notify.tell(notify.READY))
-        return done
+        done: Deferred[Any] = gatherResults(looks)
+        return done.addCallback(lambda _: self._stopping or notify.tell(notify.READY))
 
     def yield_to(self, name: bytes) -> None:
         """Somebody logs in as `name` at another worker: `--takeover`."""

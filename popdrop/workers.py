@@ -23,7 +23,6 @@ import subprocess
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from typing import Any, Final, NamedTuple
 
 from twisted.internet.defer import Deferred, gatherResults
@@ -251,16 +250,21 @@ class _Worker:
             pass  # what has come while we did not run
         return time.monotonic() - self._heard
 
-    def send(self, *words: str) -> None:
-        """A record to the worker. One that does not read for long loses it."""
-        with suppress(OSError):
+    def send(self, *words: str) -> bool:
+        """A record to the worker. One that does not read for long loses it: `False`."""
+        try:
             self._channel.send(json.dumps(words).encode("ascii") + b"\n", socket.MSG_NOSIGNAL)
+        except OSError:
+            return False
+        return True
 
     def reload(self) -> Deferred[None]:
         """Let it reload; fires when it has, or has ended."""
         done: Deferred[None] = Deferred()
-        self._reloads.append(done)
-        self.send("reload")
+        if self.send("reload"):
+            self._reloads.append(done)
+        else:
+            done.callback(None)
         return done
 
     def signal(self, number: int) -> None:

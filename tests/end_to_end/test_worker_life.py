@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import poplib
@@ -16,7 +17,8 @@ from pathlib import Path
 from twisted.internet.address import IPv4Address
 
 from popdrop.throttle import Shared
-from tests.end_to_end.harness import DEADLINE, Twistd
+from tests.end_to_end.harness import DEADLINE, Twistd, mail
+from tests.end_to_end.test_server import Wire
 from tests.end_to_end.test_workers import SERVES, WorkerCase, children, ends
 
 HERE = IPv4Address("TCP", "127.0.0.1", 1)
@@ -238,6 +240,34 @@ class SignalTests(WorkerCase):
         for watch in watches:
             self.assertTrue(ends(watch))
         self.assertNotIn("Traceback", server.stop())
+
+    def test_a_second_signal_ends_the_grace(self) -> None:
+        """As with one process; and the signal that says stop to all at once is no second one."""
+        body = (b"y" * 76 + b"\n") * 200_000
+        self.folder.spool("bob", mail(1, body))
+        server = self.serve("--grace", str(10 * DEADLINE))
+        watches = [self.watch(pid) for pid in self.pids]
+        wire = Wire(self, server.port)
+        wire.line()
+        wire.send(b"USER bob\r\nPASS hunter2\r\nRETR 1\r\n")
+        for _ in range(3):
+            self.assertTrue(wire.line().startswith(b"+OK"))
+        for pid in (server.process.pid, *self.pids):
+            os.kill(pid, signal.SIGTERM)
+        server.wait_for("Received SIGTERM|shutting down")
+        for pid in self.pids:
+            # A worker without a session may have ended by now.
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGTERM)
+        while wire.line() != b"\r\n":
+            pass
+        for _ in range(100_000):
+            self.assertEqual(wire.line(), b"y" * 76 + b"\r\n")
+        server.process.send_signal(signal.SIGTERM)
+        self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
+        for watch in watches:
+            self.assertTrue(ends(watch))
+        self.assertNotIn(b"\r\n.\r\n", wire.rest())
 
     def test_nothing_is_left_of_a_killed_parent(self) -> None:
         """Nor are its port and its spools taken: another serves at once."""
