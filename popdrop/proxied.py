@@ -290,11 +290,11 @@ class ProxiedPort:
 
     def fileno(self) -> int:
         """Of the listening socket."""
-        return int(self._plain.fileno())
+        return int(self.plain.fileno())
 
     def stopReading(self) -> None:
         """Let others accept."""
-        self._plain.stopReading()
+        self.plain.stopReading()
 
     def startListening(self) -> None:
         """As the plain port does."""
