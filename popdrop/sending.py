@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.tcp import Port, Server
+
+BULK: Final = 16_384
+"""Octets from which a write goes Twisted's way, which gathers more of them for one send(2).
+
+A full record of TLS is longer; a connection that fetches mail in bulk writes many in a turn.
+"""
 
 
 class PromptServer(Server):
@@ -18,8 +24,9 @@ class PromptServer(Server):
 
     def write(self, data: bytes) -> None:
         """As `ITransport.write`."""
-        waits = self.dataBuffer or self._tempDataBuffer or self.disconnecting
-        if not waits and data and self.connected and not (self.TLS or self._writeDisconnected):
+        waits = self.dataBuffer or self._tempDataBuffer or self.disconnecting or self.TLS
+        open_for_us = self.connected and not self._writeDisconnected
+        if open_for_us and not waits and 0 < len(data) < BULK:
             sent: Any = self.writeSomeData(data)
             if sent == len(data):
                 return
