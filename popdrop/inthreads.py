@@ -48,7 +48,7 @@ _hot: Final = bytearray(HOT_LIMIT)
 COLD_BLOCK: Final = 262_144
 """Stored octets read by a thread at a time, so that a hop (28 us) is small beside it."""
 TRIES: Final = 5
-"""Reads of a block while the file changes under them."""
+"""Reads of a block while the file changes under them, of a store that has no `Source.read`."""
 SESSION_WAIT: Final = 2.0
 """Seconds to wait for another session of the same maildrop to let go."""
 NOT_READ: Final = "message could not be read, try again later"
@@ -319,19 +319,25 @@ class MessageBlocks:
         return out
 
     async def _block(self, offset: int, left: int) -> bytes:
-        """Octets that are still those of the message: the file is looked at behind each read."""
+        """Octets that are still those of the message: the file is looked at behind each read.
+
+        Where it has changed, they are read again under the store's locks: without, a deliverer
+        that waits for them would write between any look and the read that follows it.
+        """
         source = self._source
+        wanted = min(left, COLD_BLOCK)
         for _ in range(TRIES):
             block = self._drop.hot(source.fd, offset, min(left, BLOCK))
-            if not block:
-                wanted = min(left, COLD_BLOCK)
-                try:
+            try:
+                if not block:
                     block = await self._drop.call(partial(os.pread, source.fd, wanted, offset))
-                except OSError as error:
-                    code = errno.errorcode.get(error.errno or 0, "?")
-                    raise TemporaryFailure(NOT_READ, f"{code} at offset {offset}") from error
-            if block and source.unchanged():
-                return block
+                if block and source.unchanged():
+                    return block
+                if source.read is not None:
+                    return await self._drop.patiently(partial(source.read, offset, wanted))
+            except OSError as error:
+                code = errno.errorcode.get(error.errno or 0, "?")
+                raise TemporaryFailure(NOT_READ, f"{code} at offset {offset}") from error
             await self._drop.patiently(source.verify)
         raise TemporaryFailure(NOT_READ, "the file changes all the time")
 

@@ -395,6 +395,10 @@ class StoreContract(_Base):
         source.verify()
         self.assertTrue(source.unchanged())
         self.assertEqual(as_sent(source), sent[1])
+        self.deliver(b"Subject: later\n\nlater\n")
+        if source.read is not None:
+            stored = os.pread(source.fd, source.length, source.offset)
+            self.assertEqual(source.read(source.offset, source.length), stored)
 
     def test_no_such_message(self) -> None:
         """To delete what is not there is a mistake of the caller, and changes nothing."""

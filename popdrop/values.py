@@ -162,6 +162,10 @@ class Source(NamedTuple):
                 the photograph or the last `verify`
     `verify`    blocking: under the store's locks, is this still the same message? Raises
                 `TemporaryFailure` when it is not, `Busy` when a lock is held by another
+    `read`      blocking: `verify`, and under the same locks as many octets of the file as the
+                second number says (at least one) from the offset that the first one says. So a
+                message can be read while mail comes all the time. Raises as `verify`, and
+                `OSError`; `None`: the store cannot
     """
 
     fd: int
@@ -173,6 +177,7 @@ class Source(NamedTuple):
     spaced: bool = False
     unchanged: Callable[[], bool] = _always
     verify: Callable[[], None] = _nothing
+    read: Callable[[int, int], bytes] | None = None
 
 
 def client_network(host: str) -> str:

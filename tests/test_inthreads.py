@@ -11,7 +11,9 @@ from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import TestCase
 
 from popdrop.errors import Busy, InUse, PermanentFailure, PopdropError, TemporaryFailure
-from popdrop.inthreads import HOT_LIMIT, InThreads
+from popdrop.inthreads import COLD_BLOCK, HOT_LIMIT, InThreads
+from popdrop.stores.mbox.locks import SpoolLocks
+from popdrop.stores.mbox.store import MboxStore
 from popdrop.testing import MemoryStore
 from popdrop.threads import Pool
 from popdrop.values import Owner, Source
@@ -186,6 +188,41 @@ class InThreadsTests(TestCase):
         source = source._replace(verify=wrong)
         with self.assertRaises(TemporaryFailure):
             await self.octets(drop, 0)
+        await drop.release()
+
+    async def test_reads_while_mail_comes_all_the_time(self) -> None:
+        """A deliverer that waits for the locks writes as soon as they are let go."""
+        folder = os.path.abspath(self.mktemp())
+        os.makedirs(folder)
+        spool = os.path.join(folder, "bob")
+        bodies = [b"small\n", b"".join(b"%07d\n" % n for n in range(100_000)), b"last\n"]
+        self.assertGreater(len(bodies[1]), 2 * COLD_BLOCK)
+        mail = b"From a@example.org Mon Jan  1 00:00:00 2024\nSubject: x\n\n%s\n"
+
+        def deliver(octets: bytes) -> None:
+            with open(spool, "ab") as file:
+                file.write(octets)
+
+        deliver(b"".join(mail % body for body in bodies))
+        blocking = MboxStore(os.path.join(folder, "{user}"), os.path.join(folder, "state"))
+        drop = await self.store(blocking).open(BOB)
+        released = SpoolLocks.__exit__
+        deliveries = []
+
+        def then_deliver(locks: SpoolLocks, *error: Any) -> None:
+            released(locks, *error)
+            deliver(mail % b"late\n")
+            deliveries.append(1)
+
+        self.patch(SpoolLocks, "__exit__", then_deliver)
+        deliver(mail % b"late\n")
+        for index, body in enumerate(bodies):
+            wanted = (b"Subject: x\n\n" + body).replace(b"\n", b"\r\n") + b".\r\n"
+            self.assertIsNone(drop.ready(index, None))
+            self.assertEqual(await self.octets(drop, index), wanted)
+        top = b"Subject: x\r\n\r\n0000000\r\n.\r\n"
+        self.assertEqual(await self.octets(drop, 1, 1), top)
+        self.assertGreater(len(deliveries), 5)
         await drop.release()
 
     async def test_a_file_that_became_shorter(self) -> None:

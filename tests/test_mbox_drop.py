@@ -441,6 +441,86 @@ class ReadTests(MboxCase):
                 self.assertFalse(source.unchanged())
                 drop.release()
 
+    def test_a_look_that_came_too_late(self) -> None:
+        """Written again between the wait and the lock, so that one more write might not show."""
+        first, second = message(1), message(2)
+        clock = self.slow_times(4 * 10**6, 100 * 10**9 + 8 * 10**6)
+        self.write(first + second, settled=False)
+        drop = self.opened()
+        source = drop.source(0)
+        wanted = first[len(FROM) :]
+        assert source.read is not None
+        take = locks_module.SpoolLocks.__enter__
+
+        def late(locks: locks_module.SpoolLocks) -> locks_module.SpoolLocks:
+            clock.written = clock.now
+            return take(locks)
+
+        self.patch(locks_module.SpoolLocks, "__enter__", late)
+        self.assertEqual(source.read(source.offset, source.length) + b"\n", wanted)
+        with open(self.path, "r+b") as spool:
+            spool.write(second + first)
+        clock.written = clock.now
+        self.assertFalse(source.unchanged())
+        self.assertRaises(TemporaryFailure, source.read, source.offset, source.length)
+
+    def test_read_under_the_locks(self) -> None:
+        """What is asked for of a message that is as it was, and nothing of one that is not."""
+        self.write(message(1, b"abcdefgh\n") + message(2))
+        source = self.opened().source(0)
+        assert source.read is not None
+        self.append(message(3))
+        body = source.offset + source.length - 9
+        self.assertEqual(source.read(body + 2, 3), b"cde")
+        with locks_module.SpoolLocks(-1, self.path, ("dot",), True):
+            self.assertEqual(self.assertRaises(Busy, source.read, body, 1).lock, "spool")
+        self.write(message(4, b"abcdefgh\n") + message(2))
+        self.assertRaises(TemporaryFailure, source.read, body, 3)
+        self.no_litter()
+
+    def test_a_writer_that_takes_no_lock(self) -> None:
+        """It writes between the look and the read: never are octets sent that it has put there."""
+        octets = message(1, b"good\n")
+        self.write(octets + message(2))
+        drop = self.opened()
+        source = drop.source(0)
+        read = source.read
+        assert read is not None
+        real = spool_module.Spool.read
+        writes: list[bytes] = []
+
+        def spoilt(spool: spool_module.Spool, start: int, stop: int) -> bytes:
+            if start == source.offset and writes:
+                self.write(writes.pop(0), settled=False)
+            return real(spool, start, stop)
+
+        self.patch(spool_module.Spool, "read", spoilt)
+        writes.append(octets + message(2) + message(3))
+        self.assertEqual(read(source.offset, source.length), octets[len(FROM) : -1])
+        self.assertEqual(writes, [])
+        writes.append(message(1, b"evil\n") + message(2) + message(4) * 2)
+        drop.identify()
+        self.assertRaises(TemporaryFailure, read, source.offset, source.length)
+        self.assertEqual(writes, [])
+
+    def test_written_all_the_time_without_a_lock(self) -> None:
+        """An end comes to it."""
+        self.write(message(1))
+        source = self.opened().source(0)
+        assert source.read is not None
+        real = spool_module.Spool.read
+
+        def spoilt(spool: spool_module.Spool, start: int, stop: int) -> bytes:
+            if start == source.offset:
+                self.append(message(2))
+            return real(spool, start, stop)
+
+        self.patch(spool_module.Spool, "read", spoilt)
+        self.append(message(2))
+        error = self.assertRaises(TemporaryFailure, source.read, source.offset, source.length)
+        self.assertIn("no lock", error.detail)
+        self.no_litter()
+
     def test_a_file_from_the_future(self) -> None:
         """Its times tell nothing, so nobody waits for them."""
         clock = self.slow_times(1, 100 * 10**9 + 1)

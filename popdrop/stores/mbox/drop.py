@@ -77,6 +77,12 @@ clock_ns: Callable[[], int] = time.time_ns
 VERIFIED_AT_ONCE: Final = 1 << 20
 """Octets of messages that are compared under the locks when one of them is asked for."""
 
+LONGEST_WAIT_NS: Final = SETTLED_NS + 1
+"""Nanoseconds after which times that still do not show a change are those of the future."""
+
+TRIES: Final = 3
+"""Reads under the locks, while a program that takes none writes."""
+
 _NO_FIELDS: Final[frozenset[bytes]] = frozenset()
 _NO_SPACE: Final = {errno.ENOSPC, errno.EDQUOT}
 _LASTING: Final = NO_RIGHT | {
@@ -447,6 +453,7 @@ class MboxDrop:
             spaced=self._store.spaced,
             unchanged=partial(self._is_unchanged, index),
             verify=partial(self._verify, index),
+            read=partial(self._read_again, index),
         )
 
     def _is_unchanged(self, index: int) -> bool:
@@ -457,22 +464,52 @@ class MboxDrop:
             return False
 
     def _verify(self, index: int) -> None:
-        """This message, and those behind it that are likely to be asked for next."""
+        with self._verified_to_read(index):
+            pass
+
+    def _read_again(self, index: int, offset: int, length: int) -> bytes:
+        """Octets of message `index`, which is verified, and not written to before they are read."""
+        path = self._spool.path
+        with self._verified_to_read(index) as (key, refresh):
+            for _ in range(TRIES):
+                block = self._spool.read(offset, offset + length)
+                now = key_of(self._spool.stat())
+                if block and now == key:
+                    return block
+                key = now
+                self._must_be_same(index, refresh)
+        raise TemporaryFailure(CHANGED, f"{path}: is written by a program that takes no lock")
+
+    @contextmanager
+    def _verified_to_read(self, index: int) -> Iterator[tuple[Key, Refresh]]:
+        """Under the locks, with this message verified, and those that may be wanted next.
+
+        Gives the state of the file that this is true of.
+        """
         spans, path = self._spans, self._spool.path
         with told(path):
             self._let_times_show()
         with told(path), self._locked_to_read() as locks:
-            key = key_of(self._spool.stat())
-            if not self._is_same(index, locks.refresh):
-                self._distrust()
-                raise TemporaryFailure(CHANGED, f"{path}: message {index + 1} has changed")
-            self._verified = {index: key}
-            for following in range(index + 1, len(spans)):
-                if spans.stop(following) - spans.starts[index] > VERIFIED_AT_ONCE:
-                    break
-                if not self._is_same(following, locks.refresh):
-                    break
-                self._verified[following] = key
+            found = self._spool.stat()
+            key = key_of(found)
+            self._must_be_same(index, locks.refresh)
+            self._verified = {}
+            # It may have been written again since the wait.
+            if not 0 < until_shown(found, clock_ns()) <= LONGEST_WAIT_NS:
+                self._verified[index] = key
+                for following in range(index + 1, len(spans)):
+                    if spans.stop(following) - spans.starts[index] > VERIFIED_AT_ONCE:
+                        break
+                    if not self._is_same(following, locks.refresh):
+                        break
+                    self._verified[following] = key
+            yield key, locks.refresh
+
+    def _must_be_same(self, index: int, refresh: Refresh) -> None:
+        if not self._is_same(index, refresh):
+            self._distrust()
+            why = f"{self._spool.path}: message {index + 1} has changed"
+            raise TemporaryFailure(CHANGED, why)
 
     def _let_times_show(self) -> None:
         """Wait until the next write will show: what is found now is believed until then.
@@ -480,7 +517,7 @@ class MboxDrop:
         At most 2 s where times are whole seconds, else 20 ms. Times of the future tell nothing.
         """
         wait = until_shown(self._spool.stat(), clock_ns())
-        if 0 < wait <= SETTLED_NS + 1:
+        if 0 < wait <= LONGEST_WAIT_NS:
             time.sleep(wait / 10**9)
 
     def _is_same(self, index: int, refresh: Refresh) -> bool:
