@@ -1,8 +1,9 @@
 """`--listen` strings: Twisted's strports grammar over Popdrop's certificates.
 
-Two meanings are narrower than Twisted's. `tcp6:` on all addresses is IPv6 alone, whatever
+Three meanings are narrower than Twisted's. `tcp6:` on all addresses is IPv6 alone, whatever
 `net.ipv6.bindv6only` says, so that `tcp:110` and `tcp6:110` go together; `tls:` on all addresses is
-both families. And `tls:` wants its port named: Twisted's default is that of HTTPS. Two are wider:
+both families. `tls:` wants its port named: Twisted's default is that of HTTPS. And the socket of
+`haproxy:unix:` is for its owner and group, unless a mode is named. Two are wider:
 `systemd:` takes a certificate, for implicit TLS on a socket of systemd's, and `stdio:` makes a
 connection of a socket that inetd hands on.
 
@@ -57,6 +58,10 @@ EXAMPLES = {
     "stdio": "stdio:",
     "haproxy": "haproxy:tcp:1110:interface=127.0.0.1",
 }
+
+PROXY_MODE = "660"
+"""Of a Unix socket behind `haproxy:` where no mode is named. With Twisted's 666 everybody on the
+machine could name any address as his own."""
 
 HINTS = {
     errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE; or choose tcp:1110",
@@ -129,8 +134,9 @@ def _direct(reactor: object, option: str, text: str, spec: Spec, keyring: Keyrin
         connection = cast(IStreamServerEndpoint, inherited.InheritedConnection(reactor, family))
         number = inherited.STANDARD_INPUT
         return Listener(text, scheme, connection, trusted_address=True, descriptor=number)
-    if scheme == "unix" and "backlog" not in spec.kwargs:
-        endpoint = _twisteds(reactor, option, scheme, f"{text}:backlog={BACKLOG}")
+    if scheme == "unix":
+        more = "" if "backlog" in spec.kwargs or len(spec.args) > 2 else f":backlog={BACKLOG}"
+        endpoint = _twisteds(reactor, option, scheme, text + more)
         return Listener(text, scheme, endpoint, trusted_address=False)
     return Listener(text, scheme, _twisteds(reactor, option, scheme, text), trusted_address=False)
 
@@ -172,6 +178,8 @@ def _proxied(
     kind = spec.kind.lower()
     if kind in ("haproxy", "stdio"):
         raise _wrong(option, "haproxy", f"{kind}: cannot be behind a proxy")
+    if kind == "unix" and "mode" not in spec.kwargs and len(spec.args) < 2:
+        behind += f":mode={PROXY_MODE}"
     inner = _direct(reactor, option, behind, spec, keyring)
     if not proxies and inner.trusted_address:
         raise ConfigError(

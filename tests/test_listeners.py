@@ -6,6 +6,7 @@ import errno
 import os
 import socket
 import ssl
+import stat
 import subprocess
 import sys
 from ipaddress import ip_network
@@ -120,6 +121,28 @@ class SpecTests(SynchronousTestCase):
         for text in ("haproxy:tcp:1110", f"haproxy:tls:{self.pem}:995"):
             self.complaint(text, "name the proxies, as --trusted-proxies 127.0.0.1,::1")
         from_spec(self.reactor, "haproxy:unix:/run/pop3", self.keyring)
+
+    def test_mode_of_a_unix_socket(self) -> None:
+        """Behind `haproxy:` everybody who may connect can name any address as his own."""
+        rows = (
+            ("unix:PATH", 0o666),
+            ("unix:PATH:mode=600", 0o600),
+            ("haproxy:unix:PATH", 0o660),
+            ("haproxy:unix:PATH:lockfile=0", 0o660),
+            ("haproxy:unix:PATH:backlog=7", 0o660),
+            ("haproxy:unix:address=PATH", 0o660),
+            ("haproxy:unix:PATH:mode=666", 0o666),
+            ("haproxy:unix:PATH:600", 0o600),
+            ("haproxy:unix:PATH:600:7", 0o600),
+        )
+        for number, (text, mode) in enumerate(rows):
+            path = f"mode-{number}"  # the kernel takes but 107 octets
+            found = from_spec(reactor, text.replace("PATH", path), self.keyring)
+            port = self.successResultOf(listeners.listen(found, Factory()))
+            try:
+                self.assertEqual(stat.S_IMODE(os.stat(path).st_mode), mode, text)
+            finally:
+                port.stopListening()
 
     def test_haproxy_before_what_cannot_be(self) -> None:
         self.complaint("haproxy:", "for example haproxy:tcp")
