@@ -5,15 +5,20 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import poplib
+import re
+import select
 import signal
 import socket
 import ssl
 import stat
+import subprocess
+from pathlib import Path
 
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop import certs
-from tests.end_to_end.harness import DEADLINE, Twistd, mail
+from tests.end_to_end.harness import DEADLINE, Twistd, command, environment, mail
 from tests.end_to_end.rolling import FAREWELL, Rolling
 from tests.end_to_end.rolling import WAITERS as WAITERS_BETWEEN
 from tests.end_to_end.supervised import Door, Served, backlog_limit
@@ -95,6 +100,90 @@ class RollingTests(SynchronousTestCase):
         self.assertGreaterEqual(counts.told, 2 * counts.in_flight)
         self.assertGreaterEqual(counts.delivered, counts.fetched)
         self.assertGreater(counts.fetched, 0)
+
+
+class DaemonTests(ServerCase):
+    """`twistd popdrop` without `-n`, as an init script starts it and as one signals it."""
+
+    def test_signals(self) -> None:
+        folder = self.folder.path
+        notices, pidfile, door = (folder / name for name in ("notices", "popdrop.pid", "door"))
+        refused = folder / "refused"
+        refused.write_text("")
+        systemd = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.addCleanup(systemd.close)
+        systemd.settimeout(DEADLINE)
+        systemd.bind(str(notices))
+        before = everything(folder)
+        words = command(
+            self.folder,
+            *("--nonauth-file", str(refused)),
+            listen=("tcp:0:interface=127.0.0.1", f"unix:{door}"),
+            daemon=("--pidfile", str(pidfile), "--logfile", str(folder / "log")),
+        )
+        words.remove("-n")
+        # The one that is started ends as soon as its child serves.
+        subprocess.run(
+            words,
+            cwd=folder,
+            env=environment(folder) | {"NOTIFY_SOCKET": str(notices)},
+            stdin=subprocess.DEVNULL,
+            timeout=DEADLINE,
+            check=True,
+        )
+        pid = int(pidfile.read_text())
+        alive = os.pidfd_open(pid)
+        self.addCleanup(os.close, alive)
+        self.addCleanup(kill, alive)
+        self.assertEqual(os.getsid(pid), os.getpgid(pid), "no session of its own")
+        self.assertEqual(systemd.recv(200), b"READY=1")
+        found = re.search(r"POP3 on \S+ port (\d+)", (folder / "log").read_text())
+        assert found
+        port = int(found[1])
+        beside = Wire(self, port)
+        beside.send(b"USER bob\r\nPASS hunter2\r\nDELE 1\r\n")
+        for _ in range(4):
+            self.assertEqual(beside.line()[:3], b"+OK")
+
+        refused.write_text("alice\n")
+        os.kill(pid, signal.SIGHUP)
+        self.assertEqual(systemd.recv(200)[:11], b"RELOADING=1")
+        self.assertEqual(systemd.recv(200), b"READY=1")
+        client = poplib.POP3("127.0.0.1", port, timeout=DEADLINE)
+        self.assertRaises(poplib.error_proto, client.apop, "alice", "a shared secret of hers")
+        client.close()
+
+        os.kill(pid, signal.SIGTERM)
+        self.assertEqual(systemd.recv(200), b"STOPPING=1")
+        self.assertEqual(beside.rest(), FAREWELL)
+        self.assertTrue(select.select([alive], [], [], DEADLINE)[0], "it does not end")
+        self.assertNotIn("Traceback", (folder / "log").read_text())
+        self.assertEqual(self.spool.read_bytes().count(b"Subject: mail"), 3)
+        left = {name for name in everything(folder) - before if not name.startswith("state/")}
+        self.assertEqual(left, {"log"})
+        self.assertEqual(of_session(pid), [])
+
+
+def everything(folder: Path) -> set[str]:
+    """Names of all that is in a folder, and in those within."""
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+def kill(alive: int) -> None:
+    """End the process of this descriptor, where it has not ended."""
+    with contextlib.suppress(ProcessLookupError):
+        signal.pidfd_send_signal(alive, signal.SIGKILL)
+
+
+def of_session(session: int) -> list[int]:
+    """PIDs of all processes of a session that have not ended: field 6 of proc_pid_stat(5)."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text("utf-8", "replace").rpartition(")")[2].split()
+            if int(fields[3]) == session and fields[0] not in "ZX":
+                found.append(int(path.parent.name))
+    return found
 
 
 class StopTests(ServerCase):
