@@ -8,6 +8,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -35,6 +36,7 @@ from popdrop.accounts.checkpassword import (
 from popdrop.credentials import ApopCredentials, Cleartext
 from popdrop.errors import (
     BadCredentials,
+    ConfigError,
     NoVerifierOfThisKind,
     PermanentFailure,
     PopdropError,
@@ -124,7 +126,8 @@ class InterfaceTests(ProgramCase):
             f"colon:x y:{self.uid}:{self.gid}:{self.folder}:/bin/sh\n"
         )
         self.users.chmod(0o644)
-        self.backend = self.make(programs.checkpassword(self.folder, self.users))
+        program = programs.checkpassword(self.folder, self.users)
+        self.backend = self.make(shlex.quote(str(program)))
 
     def test_good(self) -> None:
         account = self.backend.check(Cleartext(b"bob", b"correct horse"))
@@ -168,13 +171,28 @@ class InterfaceTests(ProgramCase):
         self.assertIn("exit status 111", error.detail)
 
     def test_arguments(self) -> None:
-        """One word is split at blanks; with two, blanks belong to them."""
-        program = programs.checkpassword(self.folder, self.users)
+        """One word is split as a shell does; with two, blanks belong to them."""
+        folder = self.folder / "two  words"
+        folder.mkdir()
+        folder.chmod(0o755)
+        program = programs.checkpassword(folder, self.users)
         env = shutil.which("env") or ""
-        for words in ((f"{env} -- {program}",), (env, "--", str(program))):
+        escaped = str(program).replace(" ", "\\ ")
+        for words in (
+            (f"'{program}'",),
+            (f"{env}  --  '{program}'",),
+            (f'{env} -- "{program}"',),
+            (f"{env} -- {escaped}",),
+            (env, "--", str(program)),
+        ):
             self.assertEqual(
-                self.make(*words).check(Cleartext(b"bob", b"correct horse")).name, b"bob"
+                self.make(*words).check(Cleartext(b"bob", b"correct horse")).name, b"bob", words
             )
+        for word in (f"'{program}", f"{program} \\"):
+            error = self.assertRaises(ConfigError, self.make, word)
+            self.assertIn("a quote or a backslash has no end", str(error))
+        error = self.assertRaises(ConfigError, self.make, str(program))
+        self.assertIn("a name with a blank needs quotes", str(error))
 
     def test_kinds(self) -> None:
         self.assertEqual(self.backend.kinds, {"password"})
@@ -190,7 +208,7 @@ class InterfaceTests(ProgramCase):
         os.close(into)
         self.addCleanup(os.close, given)
         said = subprocess.run(
-            ["sh", "-c", f"exec {program} cat /proc/self/status 3<&{given}"],
+            ["sh", "-c", f'exec "$0" cat /proc/self/status 3<&{given}', program],
             pass_fds=[given],
             capture_output=True,
             check=True,

@@ -44,10 +44,10 @@ SERVICES = {
     "permit": "auth required pam_permit.so\naccount required pam_permit.so\n",
     "deny": "auth required pam_deny.so\naccount required pam_permit.so\n",
     "expired": "auth required pam_permit.so\naccount required pam_deny.so\n",
-    "matrix": "auth required {matrix} passdb={folder}/passdb\n"
-    "account required {matrix} passdb={folder}/passdb\n",
+    "matrix": "auth required {matrix} [passdb={folder}/passdb]\n"
+    "account required {matrix} [passdb={folder}/passdb]\n",
     "none": "auth required pam_no_such_module.so\naccount required pam_permit.so\n",
-    "pwdfile": "auth required pam_pwdfile.so pwdfile={folder}/pwdfile\n"
+    "pwdfile": "auth required pam_pwdfile.so [pwdfile={folder}/pwdfile]\n"
     "account required pam_permit.so\n",
 }
 

@@ -13,6 +13,7 @@ import fcntl
 import os
 import secrets
 import select
+import shlex
 import shutil
 import signal
 import threading
@@ -68,10 +69,10 @@ class _Ended:
 class Checkpassword:
     """Runs a checkpassword program for each login. Blocking.
 
-    `words` are the program and its arguments. `apop`: whether it can verify APOP too (`yes`), or
-    nothing else (`only`). `user`: what to do if `USER` is another name than that of the login:
-    `same` refuses, `login` keeps the name of the login, `reported` takes `USER`. `limit` in
-    seconds. Raises `ConfigError`, which names `option`.
+    `words` are the program and its arguments; a single one is split as a shell does. `apop`:
+    whether it can verify APOP too (`yes`), or nothing else (`only`). `user`: what to do if `USER`
+    is another name than that of the login: `same` refuses, `login` keeps the name of the login,
+    `reported` takes `USER`. `limit` in seconds. Raises `ConfigError`, which names `option`.
     """
 
     takes_cram = False  # the interface has room for APOP's digest, not for CRAM-MD5's
@@ -84,12 +85,18 @@ class Checkpassword:
         user: str = "same",
         limit: float = TIME_LIMIT,
     ) -> None:
+        hint = ""
         if len(words) == 1:
-            words = tuple(words[0].split())
+            if " " in words[0]:
+                hint = "; a name with a blank needs quotes, as 'my programs/check'"
+            try:
+                words = tuple(shlex.split(words[0]))
+            except ValueError:
+                raise ConfigError(f"{option}: a quote or a backslash has no end") from None
         if not words or not os.path.isabs(words[0]):
             raise ConfigError(f"{option}: name the program with its whole path")
         if not os.path.isfile(words[0]) or not os.access(words[0], os.X_OK):
-            raise ConfigError(f"{option}: {words[0]}: no program that this user may run")
+            raise ConfigError(f"{option}: {words[0]}: no program that this user may run{hint}")
         if apop not in APOP:
             raise ConfigError(f"{option}: apop= takes one of {', '.join(APOP)}")
         if user not in USER:

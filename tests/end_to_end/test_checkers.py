@@ -9,6 +9,7 @@ import io
 import json
 import os
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -141,7 +142,8 @@ class CheckpasswordTests(CheckerCase):
         users = self.folder.path / "users"
         uid, gid = (1234, 1234) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
         users.write_text(f"bob:correct horse:{uid}:{gid}:/:/bin/sh\nroot:x:0:0:/:/bin/sh\n")
-        server = self.serve(f"checkpassword:{programs.checkpassword(self.folder.path, users)}")
+        program = shlex.quote(str(programs.checkpassword(self.folder.path, users)))
+        server = self.serve(f"checkpassword:{program}")
         self.assertFalse(self.challenged(server))
         self.good(self.said(server, b"bob", b"correct horse"))
         bad = b"-ERR [AUTH] Authentication failed.\r\n"
@@ -163,7 +165,7 @@ class CheckpasswordTests(CheckerCase):
     def test_apop(self) -> None:
         (self.folder.path / "authuser.users").write_text("bob:tanstaaf\n")
         script = programs.script(self.folder.path, "authuser")
-        server = self.serve(f"checkpassword:{script} {self.folder.path}/authuser.users:apop=yes")
+        server = self.serve(f"checkpassword:{script}:{self.folder.path}/authuser.users:apop=yes")
         self.assertTrue(self.challenged(server))
         self.good(self.apop(server, b"bob", b"tanstaaf"))
         self.good(self.said(server, b"bob", b"tanstaaf"))
@@ -178,7 +180,7 @@ class CheckpasswordTests(CheckerCase):
             "os.kill(os.getpid(), 9) if code == b'crash' else sys.exit(int(code))\n"
         )
         script = programs.script(self.folder.path, "exits", text)
-        server = self.serve(f"checkpassword:{script}")
+        server = self.serve(f"checkpassword:'{script}'")
         for password, answer in (
             (b"1", b"-ERR [AUTH] Authentication failed.\r\n"),
             (b"2", b"-ERR [SYS/PERM] authorization failed\r\n"),
@@ -194,7 +196,7 @@ class CheckpasswordTests(CheckerCase):
         """Row 23, from the socket to the program."""
         seen = self.folder.path / "seen"
         script = programs.script(self.folder.path, "witness")
-        server = self.serve(f"checkpassword:{script} {seen}")
+        server = self.serve(f"checkpassword:{script}:{seen}")
         for name in STRANGE_NAMES:
             self.said(server, name, name)
         reports = [json.loads(line) for line in seen.read_text().splitlines()]
@@ -217,7 +219,7 @@ class CheckpasswordTests(CheckerCase):
             "os.execv(sys.argv[1], sys.argv[1:])\n"
         )
         script = programs.script(self.folder.path, "slow", text)
-        server = self.serve(f"checkpassword:{script}")
+        server = self.serve(f"checkpassword:'{script}'")
         slow = Wire(self, server.port)
         slow.line()
         slow.send(b"USER bob\r\nPASS slow\r\n")
