@@ -109,13 +109,15 @@ class Demo:
         return "mbox:" + os.path.join(self.folder, "mail").replace(":", "\\:") + "/{user}"
 
     def words(self, port: int, tls_port: int, certificate: str) -> str:
-        """Two commands to paste."""
+        """Two commands to paste, and how other programs log in."""
         login = f"--login-options 'AUTH=+APOP' --user {USER}:{self.secret}"
         return (
             f"\nPopdrop serves {self.count} mails of {USER}, until you press Ctrl-C."
             " Try in another terminal:\n\n"
             f"  curl {login} pop3://127.0.0.1:{port}/1\n"
             f"  curl --cacert {certificate} {login} pop3s://127.0.0.1:{tls_port}/\n\n"
+            f"In a mail program: user {USER}, the secret behind the colon, and APOP or SCRAM."
+            " A plain\npassword is refused to an account that has an APOP secret.\n\n"
         )
 
     def remove(self) -> None:

@@ -150,7 +150,7 @@ class Options(AuthOptionMixin, usage.Options):
             " strict, at USER with the reason.",
             _word("wording", WORDINGS),
         ],
-        ["user-names", None, "", "What is done to names: lower, trim-domain, default-domain=D."],
+        ["user-names", None, None, "What is done to names: lower, trim-domain, default-domain=D."],
         ["auth-file", None, None, "A file of names, a line each: nobody else may log in."],
         ["nonauth-file", None, None, "A file of names, a line each, that may not log in."],
         [
@@ -231,8 +231,7 @@ class Options(AuthOptionMixin, usage.Options):
         self["listen"].append(text)
 
     def opt_listen_policy(self, text: str) -> None:
-        """Rules of the --listen before it alone: stls=WORD, cleartext=WORD, apop-only, with commas
-        between. Repeatable."""
+        """Rules of the --listen before it alone: stls=WORD,cleartext=WORD,apop-only. Repeatable."""
         if not self["listen"]:
             raise usage.UsageError(
                 f"--listen-policy {text}: stands behind the --listen whose rules it changes"
@@ -282,8 +281,7 @@ class Options(AuthOptionMixin, usage.Options):
         self["deny-net"].append(text)
 
     def opt_trusted_proxies(self, text: str) -> None:
-        """Addresses and networks, with commas between: only these may send PROXY headers to a
-        haproxy: listener. Repeatable."""
+        """Only these addresses and networks, with commas, may send PROXY headers. Repeatable."""
         self["trusted-proxies"].append(text)
 
     def opt_version(self) -> None:

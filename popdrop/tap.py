@@ -452,7 +452,7 @@ class Popdrop(Service):
             cleartext="never" if only else options["cleartext"],
             apop_users=options["apop-users"],
             wording=options["wording"],
-            folding=folding("--user-names", options["user-names"]),
+            folding=folding("--user-names", options["user-names"] or ""),
             stls=options["stls"] if can_stls else "off",
             apop=self._offers_apop(kinds),
             mechanisms=self._mechanisms(kinds),

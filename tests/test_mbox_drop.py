@@ -842,6 +842,22 @@ class CommitTests(MboxCase):
         self.assertEqual(self.spool(), message(2) + message(3) + message(4))
         self.no_litter()
 
+    def test_a_missing_folder(self) -> None:
+        """A wrong --store, or a mount that is not there, is told at the start and at each login."""
+        store = self.make()
+        os.rmdir(os.path.dirname(self.path))
+        with capturedLogs() as events:
+            store.tidy()
+        wanted = "its folder is missing: make or mount it, or name another with --store"
+        told = [event["what"] for event in events if "what" in event]
+        self.assertEqual(told, [wanted])
+        error = self.refused(TemporaryFailure, store)
+        self.assertEqual(error.detail, f"{self.path}: {wanted}")
+        os.mkdir(os.path.dirname(self.path))
+        with capturedLogs() as events:
+            store.tidy()
+        self.assertEqual([event for event in events if "what" in event], [])
+
     def test_stale_locks_go_at_the_start(self) -> None:
         """Of a killed server: deliverers wait for them, and nobody may log in for hours."""
         self.write(message(1))

@@ -82,7 +82,7 @@ class Counts:
 
 
 MUST_BE_NONE = (
-    *("refused", "ungreeted", "unlucky", "cut"),
+    *("refused", "ungreeted", "unlucky", "cut", "later"),
     *("damaged", "lost", "doubled", "back", "complaints"),
 )
 

@@ -69,6 +69,7 @@ CHANGED: Final = "maildrop was changed by another program, try again later"
 NOT_DELETED: Final = "maildrop was changed by another program, nothing was deleted"
 NOT_LOCKED: Final = "maildrop cannot be locked now, nothing was deleted"
 NO_FCNTL: Final = "maildrop cannot be locked, its file system has no fcntl locks"
+NO_FOLDER: Final = "its folder is missing: make or mount it, or name another with --store"
 NOT_WRITTEN: Final = "maildrop could not be rewritten"
 
 clock_ns: Callable[[], int] = time.time_ns
@@ -94,6 +95,17 @@ _LASTING: Final = NO_RIGHT | {
 }
 
 Refresh = Callable[[], None]
+
+
+def is_missing(folder: str) -> bool:
+    """Whether there is no such folder; where that cannot be seen, as if there were."""
+    try:
+        os.stat(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        pass
+    return False
 
 
 class told:  # noqa: N801 - used as a function
@@ -125,6 +137,8 @@ class told:  # noqa: N801 - used as a function
                 raise TemporaryFailure(NO_FCNTL, f"{detail}; {remedy}") from error
             if error.errno in _LASTING:
                 raise PermanentFailure(self._lasting, detail) from error
+            if error.errno == errno.ENOENT and is_missing(os.path.dirname(self._path)):
+                detail = f"{self._path}: {NO_FOLDER}"
             raise TemporaryFailure(self._passing, detail) from error
 
 

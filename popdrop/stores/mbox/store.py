@@ -19,7 +19,7 @@ from zope.interface import implementer
 from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
 from popdrop.interfaces import IBlockingStore, IStoreFactory
 from popdrop.stores.mbox import search
-from popdrop.stores.mbox.drop import TRY_LATER, MboxDrop, told
+from popdrop.stores.mbox.drop import NO_FOLDER, TRY_LATER, MboxDrop, is_missing, told
 from popdrop.stores.mbox.folders import former, private_folder, remember
 from popdrop.stores.mbox.index import Indexes
 from popdrop.stores.mbox.journal import BadKey, Journal, Journals, Leftover, Recovered
@@ -220,6 +220,8 @@ class MboxStore:
                 for leftover in self.journals.leftovers(each):
                     self._tidy_one(leftover)
         if "{" not in folder:
+            if is_missing(folder):
+                log.warn("{path}: {what}", path=self._template.text, what=NO_FOLDER)
             with suppress(OSError):
                 count = sweep(folder)
                 if count:
