@@ -208,8 +208,8 @@ class InterfaceTests(ProgramCase):
         os.close(into)
         self.addCleanup(os.close, given)
         said = subprocess.run(
-            ["sh", "-c", f'exec "$0" cat /proc/self/status 3<&{given}', program],
-            pass_fds=[given],
+            ["sh", "-c", 'exec "$0" cat /proc/self/status 3<&0', program],
+            stdin=given,
             capture_output=True,
             check=True,
             timeout=DEADLINE,
