@@ -231,6 +231,29 @@ def write_spool(
     return count, total
 
 
+def write_message(path: Path, octets: int, seed: int = 1) -> int:
+    """Write a spool of one mail, an attachment in base64 lines of 76; how many octets it has.
+
+    These are `octets`, or up to a line more. The file appears whole, as with `write_spool`.
+    """
+    lines = base64.encodebytes(Random(seed).randbytes(750_000 // 57 * 57))
+    part = path.with_name(path.name + ".part")
+    with part.open("wb", buffering=1 << 20) as spool:
+        total = spool.write(
+            b"From alice@example.org %s\nFrom: alice@example.org\nTo: reader@example.org\n"
+            b"Subject: one large attachment\nMIME-Version: 1.0\n"
+            b"Content-Type: application/octet-stream\nContent-Transfer-Encoding: base64\n\n"
+            % asctime(gmtime(_EPOCH)).encode()
+        )
+        while octets - 1 - total > len(lines):
+            total += spool.write(lines)
+        # Whole lines of 77 with their LF, and the empty line that ends a mail.
+        wanted = max(-(-(octets - 1 - total) // 77), 1) * 77
+        total += spool.write(lines[:wanted] + b"\n")
+    part.replace(path)
+    return total
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(

@@ -31,7 +31,7 @@ from pathlib import Path
 
 from benchmarks.process import Failed, tree_cpu
 from benchmarks.scene import serving
-from benchmarks.tls import SecurePopdrop
+from benchmarks.secure import SecurePopdrop
 
 WARM = 200
 """Connections that are there before the first measurement: all has been used once, and stays so."""

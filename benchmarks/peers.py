@@ -225,8 +225,7 @@ state_dir = {folder}/state
 log_path = {folder}/log
 protocols = pop3
 listen = 127.0.0.1
-ssl = no
-disable_plaintext_auth = no
+{tls}disable_plaintext_auth = no
 auth_mechanisms = plain login apop
 default_internal_user = {user}
 default_internal_group = {group}
@@ -256,7 +255,8 @@ service pop3-login {{
     port = {port}
   }}
   inet_listener pop3s {{
-    port = 0
+    address = 127.0.0.1
+    port = {tls_port}
   }}
 {login}}}
 service pop3 {{
@@ -270,6 +270,10 @@ class Dovecot(Peer):
     key = "dovecot-stock"
     title = "Dovecot stock"
     login = mail = ""
+    tls = "ssl = no\n"
+    """Lines of the configuration."""
+    tls_port = 0
+    """Of implicit TLS; 0 is none."""
 
     def check(self) -> None:
         if not (shutil.which("dovecot") and Path("/usr/lib/dovecot/pop3").exists()):
@@ -284,6 +288,8 @@ class Dovecot(Peer):
             "uid": uid,
             "gid": gid,
             "port": self.port,
+            "tls": self.tls,
+            "tls_port": self.tls_port,
             "login": self.login,
             "mail": self.mail,
         }

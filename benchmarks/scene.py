@@ -1,4 +1,4 @@
-"""One Popdrop on a core of its own in a temporary folder, for the benchmarks of logins."""
+"""One server on a core of its own in a temporary folder, for the benchmarks of logins."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TypeVar
 
-from benchmarks.peers import Popdrop
+from benchmarks.peers import Peer, Popdrop
 from benchmarks.process import cores
 
-Server = TypeVar("Server", bound=Popdrop)
+Server = TypeVar("Server", bound=Peer)
 
 
 @lru_cache

@@ -55,6 +55,14 @@ def spool(messages: int | None = None, octets: int | None = None) -> tuple[Path,
     return path, int(note.read_text())
 
 
+def message(octets: int) -> Path:
+    """A cached spool of one message of so many octets."""
+    path = cache_folder() / f"v{corpus.VERSION}-one-{octets}o.mbox"
+    if not path.exists():
+        corpus.write_message(path, octets)
+    return path
+
+
 def place(source: Path, target: Path, owner: tuple[int, int] | None) -> None:
     """Copy a spool to where a server looks for it: on disk, an hour old, mode 0600.
 
