@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import ssl
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
@@ -30,7 +31,7 @@ from itertools import repeat
 from statistics import median
 
 from benchmarks import tools
-from benchmarks.process import Failed, tree_cpu
+from benchmarks.process import Failed, Machine, tree_cpu
 from benchmarks.scene import serving
 from benchmarks.secure import KEYS, SERVERS, Secure
 from benchmarks.visitor import NotResumed, Visitor
@@ -39,6 +40,8 @@ AT_ONCE = 8
 MESSAGES = 10
 BOUND = 0.9
 """Share of its core above which the client was the bottleneck."""
+BUSY = 0.2
+"""Cores used by others, above which the figures say little (benchmarks/README.md)."""
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
 OURS, BASE = "popdrop", "dovecot-tuned"
 
@@ -58,8 +61,8 @@ class Figure:
     less_is_better: bool = True
     target: tuple[float, float] | None = None
     """The same twice, or the range that follows from the range of the peer's figure."""
-    more: tuple[str, ...] = ()
-    """Rows of what the same run has also told."""
+    more: tuple[tuple[str, bool], ...] = ()
+    """Rows of what the same run has also told, less being better; whether they have a ratio."""
 
 
 def sessions(
@@ -126,7 +129,7 @@ def figures(sort: str, count: int, messages: int) -> Iterator[Figure]:
             partial(fetched, version, user, number),
             less_is_better=False,
             target=(target, target),
-            more=("  server, CPU s/GB", "  client, % of its core"),
+            more=(("  server, CPU s/GB", True), ("  client, % of its core", False)),
         )
 
 
@@ -193,12 +196,16 @@ def _verdict(figure: Figure, ratio: float | None) -> tuple[str, str]:
 def lines(figure: Figure, rows: Sequence[Found], keys: Sequence[str]) -> Iterator[str]:
     """A row of the table, and those of what the same runs have also told."""
     ratios = _ratios(rows[0], figure.less_is_better)
-    target, verdict = _verdict(figure, None if ratios is None else ratios[0])
     cells = [cell(rows[0].get(key)) for key in keys]
-    shown = ["-", "-"] if ratios is None else [f"{ratio:.2f}" for ratio in ratios]
-    yield _row(figure.title, cells, [*shown, target, verdict])
-    for title, found in zip(figure.more, rows[1:], strict=True):
-        yield _row(title, [cell(found.get(key)) for key in keys], [])
+    verdict = _verdict(figure, None if ratios is None else ratios[0])
+    yield _row(figure.title, cells, [*_shown(ratios), *verdict])
+    for (title, compared), found in zip(figure.more, rows[1:], strict=True):
+        cells = [cell(found.get(key)) for key in keys]
+        yield _row(title, cells, _shown(_ratios(found, True)) if compared else [])
+
+
+def _shown(ratios: tuple[float, float] | None) -> list[str]:
+    return ["-", "-"] if ratios is None else [f"{ratio:.2f}" for ratio in ratios]
 
 
 def _row(title: str, cells: Sequence[str], rest: Sequence[str]) -> str:
@@ -231,6 +238,23 @@ def _start(
     return servers
 
 
+class Load:
+    """What other programs use of the machine, from now on."""
+
+    def __init__(self, servers: Sequence[Secure]) -> None:
+        self._servers = servers
+        self._began = self._now()
+
+    def _now(self) -> tuple[float, float]:
+        ours = time.process_time() + sum(tree_cpu(server.pid) for server in self._servers)
+        return time.monotonic(), Machine.now().busy - ours
+
+    def others(self) -> float:
+        """Cores, so far."""
+        began, now = self._began, self._now()
+        return max(now[1] - began[1], 0.0) / (now[0] - began[0])
+
+
 def _table(sort: str, given: argparse.Namespace) -> bool:
     """All that is measured with one sort of key; whether Popdrop did all that was asked."""
     well = True
@@ -244,10 +268,12 @@ def _table(sort: str, given: argparse.Namespace) -> bool:
                 f"TLS {name}: "
                 + ", ".join(f"{each} ({key})" for each, key in zip(chosen, keys, strict=True))
             )
+        load = Load(servers)
         for figure in figures(sort, given.sessions, given.messages):
             rows = take_turns(figure, servers, given.runs)
             well = well and not isinstance(rows[0].get(OURS), str)
             print("\n".join(lines(figure, rows, keys)), flush=True)
+        print(f"Other load: {load.others():.2f} cores; above {BUSY}, measure again.")
     return well and (OURS in keys or OURS not in given.peers)
 
 

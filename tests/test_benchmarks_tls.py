@@ -13,6 +13,7 @@ from contextlib import contextmanager, redirect_stdout
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 
 import trustme
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from twisted.trial.unittest import SynchronousTestCase
 from benchmarks import tls, visitor
 from benchmarks.__main__ import CLASSES
 from benchmarks.corpus import write_message
-from benchmarks.process import Failed
+from benchmarks.process import Failed, Machine
 from benchmarks.secure import SERVERS, Secure
 from benchmarks.visitor import NotResumed, Visitor
 from tests.test_benchmarks import MESSAGES, PASSWORD, Handler, Maildrop, Server
@@ -235,7 +236,7 @@ class TableTests(SynchronousTestCase):
             assert isinstance(value, float)
             return (value, 0.5), (value * 2, 0.0)
 
-        figure = tls.Figure("T", measure, more=("twice",))
+        figure = tls.Figure("T", measure, more=(("twice", True),))
         return tls.take_turns(figure, [Scripted(0, 0, key) for key in told], 2), order
 
     def test_turns(self) -> None:
@@ -290,12 +291,38 @@ class TableTests(SynchronousTestCase):
         self.assertEqual(self.line([0.25], [], True), "T 0.250 - - - at most 0.50-0.60")
 
     def test_rows(self) -> None:
-        """What the same runs have told stands under it, without a ratio."""
-        figure = tls.Figure("T", lambda server: (), more=("twice",))
-        text = list(tls.lines(figure, [{"popdrop": "failed"}, {}], ["popdrop"]))
+        """What the same runs have told stands under it; a share of the client's has no ratio."""
+        figure = tls.Figure("T", lambda server: (), False, more=(("cost", True), ("share", False)))
+        costs = {"popdrop": [(1.0, 0.0), (3.0, 0.0)], "dovecot-tuned": [(4.0, 0.0), (8.0, 0.0)]}
+        text = tls.lines(figure, [{"popdrop": "failed"}, costs, costs], list(costs))
         self.assertEqual(
-            [line.split() for line in text], [["T", "failed", "-", "-", "-"], ["twice", "-"]]
+            [line.split() for line in text],
+            [
+                ["T", "failed", "-", "-", "-", "-"],
+                ["cost", "2.00", "6.00", "0.33", "0.25"],
+                ["share", "2.00", "6.00"],
+            ],
         )
+
+    def test_load(self) -> None:
+        """What this process and the servers use is not others'."""
+        busy = [100.0]
+        cpu = {1: 10.0, 2: 20.0}
+        own = [1.0]
+        clock = [1000.0]
+        self.patch(tls, "tree_cpu", lambda pid: cpu[pid])
+        self.patch(tls.Machine, "now", lambda: Machine(busy[0], 0.0))
+        self.patch(
+            tls, "time", SimpleNamespace(process_time=lambda: own[0], monotonic=lambda: clock[0])
+        )
+        servers = [Scripted(0, 0), Scripted(0, 0)]
+        for pid, server in enumerate(servers, 1):
+            server.pid = pid
+        load = tls.Load(servers)
+        cpu[1], cpu[2], own[0], busy[0], clock[0] = 12.0, 21.0, 2.0, 107.0, 1010.0
+        self.assertAlmostEqual(load.others(), 0.3)
+        busy[0] = 101.0
+        self.assertEqual(load.others(), 0.0)
 
 
 class LargeTests(SynchronousTestCase):
