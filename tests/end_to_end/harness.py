@@ -154,6 +154,16 @@ class Twistd:
             if match:
                 return match
 
+    def told(self, pattern: str) -> re.Match[str]:
+        """The first line of the log that holds `pattern`, also of those before what was waited for.
+
+        For what one thread logs while another goes on.
+        """
+        for line in self.log:
+            if match := re.search(pattern, line):
+                return match
+        return self.wait_for(pattern)
+
     @property
     def port(self) -> int:
         return self.ports[0]

@@ -255,7 +255,7 @@ class OpenHelperTests(SynchronousTestCase):
         self.assertNotEqual(torn, b"".join(kept[1:]))
         server = self.serve()
         assert server is not None
-        self.assertIsNotNone(server.wait_for("waits for its user's login"))
+        self.assertIsNotNone(server.told("waits for its user's login"))
         self.assertEqual(path.read_bytes(), torn)
         self.assertEqual(self.login(server, "u70001").stat()[0], 3)
         self.assertEqual(path.read_bytes(), b"".join(kept[1:]))
