@@ -119,12 +119,7 @@ class RightsTests(SynchronousTestCase):
         server.process.send_signal(signal.SIGHUP)
         server.wait_for("opening the session logs anew")
         server.stop()
-        text, end = "", time.monotonic() + DEADLINE
-        while not re.search(rf"^{server.process.pid} +\+\+\+ ", text, re.MULTILINE):
-            self.assertLess(time.monotonic(), end, "strace has not ended")
-            time.sleep(0.01)
-            text = trace.read_text()
-        places = written(text)
+        places = written(self.ended(trace, server.process.pid))
         inside = {
             path
             for path in places
@@ -138,6 +133,57 @@ class RightsTests(SynchronousTestCase):
         self.assertIn(str(self.folder.spools / "bob"), inside)
         self.assertIn(f"{self.folder.spools}/.bob.popdrop", inside)
         self.assertTrue(any(path.startswith(str(self.folder.state)) for path in inside))
+
+    def test_nothing_of_a_users_is_read_before_the_drop(self) -> None:
+        """CVE-2005-1151: neither a spool nor what lies beside it, a journal of a crash included."""
+        program = shutil.which("strace")
+        if program is None:
+            raise SkipTest("needs the Debian package strace")
+        spool = self.folder.spool("bob", mail(1))
+        journal = self.folder.spools / ".bob.popdrop"
+        journal.write_bytes(b"a user wrote this")
+        (self.folder.spools / ".bob.popdrop.idx").write_bytes(b"and this")
+        words = command(self.folder, listen=("tcp:0:interface=127.0.0.1",))
+        if IS_ROOT:
+            games = pwd.getpwnam("games").pw_uid
+            words[words.index("popdrop") : words.index("popdrop")] = [
+                *("--uid", str(games)),
+                *("--gid", "8"),
+            ]
+            for path in (self.folder.state, *self.folder.state.rglob("*"), spool, journal):
+                os.chown(path, games, 8)
+            os.chown(self.folder.spools, 0, 8)
+            self.folder.spools.chmod(0o2775)
+        trace = self.folder.path / "trace"
+        calls = "trace=%file,setuid,setreuid,setresuid"
+        server = Twistd.__new__(Twistd)
+        server.folder = self.folder
+        traced = [program, "-D", "-f", "-y", "-o", str(trace), "-e", calls]
+        server.begin(self, traced + words, self.folder.path)
+        server.ports = [int(server.wait_for(r"POP3 on \S+ port (\d+)")[1])]
+        client = server.client()
+        client.user("bob")
+        # What lies there is no journal, so nobody knows whether the spool is whole.
+        self.assertRaises(poplib.error_proto, client.pass_, "hunter2")
+        client.quit()
+        server.stop()
+        text = self.ended(trace, server.process.pid)
+        dropped = re.search(r" set(?:res|re)?uid\([1-9]\d*.* = 0$", text, re.MULTILINE)
+        self.assertEqual(dropped is not None, IS_ROOT)
+        before = text[: dropped.start()] if dropped else ""
+        for inside in (f"{self.folder.spools}/", f"{self.folder.spools}>"):
+            self.assertNotIn(inside, before)
+        # And later it is: the trace shows what is looked for.
+        self.assertIn(str(journal), text[len(before) :])
+
+    def ended(self, trace: Path, pid: int) -> str:
+        """What strace has written, once it has written the end of process `pid`."""
+        text, end = "", time.monotonic() + DEADLINE
+        while not re.search(rf"^{pid} +\+\+\+ ", text, re.MULTILINE):
+            self.assertLess(time.monotonic(), end, "strace has not ended")
+            time.sleep(0.01)
+            text = trace.read_text()
+        return text
 
     def test_the_unit_allows_no_more(self) -> None:
         """The same two folders are all that the service may write to under systemd."""
