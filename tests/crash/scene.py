@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tests.crash.strace import Strace
 from tests.end_to_end.harness import Folder, Twistd, mail
@@ -131,6 +131,17 @@ def renumbered(ids: Sequence[bytes]) -> list[bytes]:
     return result
 
 
+class Steady(Twistd):
+    """With one thread for the spools, however slow the machine is.
+
+    A call is known by its number in its thread, which must not depend on how many there are.
+    """
+
+    def begin(self, case: object, words: list[str], *others: Any, **options: Any) -> None:
+        one = "from popdrop import threads; threads.PATIENCE = 1e6; "
+        super().begin(case, [*words[:2], one + words[2], *words[3:]], *others, **options)
+
+
 class Place:
     """The folders of one server, and bob's and carol's spools in them.
 
@@ -158,7 +169,7 @@ class Place:
         template = "{user}/mbox" if self.folders else "{user}"
         if not any(option.startswith("--store") for option in options):
             options = ("--store", f"mbox:{self.folder.spools}/{template}", *options)
-        return Twistd(self.case, self.folder, "--lock-timeout", "2", *options, preload=preload)
+        return Steady(self.case, self.folder, "--lock-timeout", "2", *options, preload=preload)
 
     def login(self, server: Twistd, name: str = "bob") -> poplib.POP3:
         client = server.client()
