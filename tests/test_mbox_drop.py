@@ -875,6 +875,31 @@ class CommitTests(MboxCase):
         # Without a spool there is no other lock under which one might be broken.
         self.assertEqual(sorted(os.listdir(folder)), ["bob", "carol", "carol.lock", "dave.lock"])
 
+    def test_a_stale_lock_whose_spool_is_in_use_stays(self) -> None:
+        """Whoever holds the other lock is at work; the next spools are looked at all the same."""
+        self.write(message(1))
+        folder = os.path.dirname(self.path)
+        gone = subprocess.Popen(["true"])
+        gone.wait()
+        for name in ("alice", "bob", "carol"):
+            with open(os.path.join(folder, f"{name}.lock"), "w") as lock:
+                lock.write(f"{gone.pid}\n{os.uname().nodename}\n")
+            with open(os.path.join(folder, name), "ab"):
+                pass
+        code = (
+            "import fcntl, sys; spool = open(sys.argv[1], 'r+'); fcntl.lockf(spool, fcntl.LOCK_EX)"
+        )
+        code += "; print(1, flush=True); sys.stdin.read()"
+        command = [sys.executable, "-c", code, self.path]
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as holder:
+            assert holder.stdout is not None
+            holder.stdout.readline()
+            self.make().tidy()
+            left = sorted(name for name in os.listdir(folder) if name.endswith(".lock"))
+            assert holder.stdin is not None
+            holder.stdin.close()
+        self.assertEqual(left, ["bob.lock"])
+
     def test_a_foreign_rewrite_meets_a_journal(self) -> None:
         """R4: never overwrite; what the spool lacks of the journal is appended, the rest not."""
         self.write(message(1) + message(2) + message(3))

@@ -243,7 +243,7 @@ class MboxStore:
             return  # said when somebody logs in
         for name in names:
             path = os.path.join(folder, name.removesuffix(".lock"))
-            with suppress(OSError, PopdropError):
+            with suppress(OSError, PopdropError, Busy):
                 held = DotLock(path).look(time.time())
                 if held is None or not held.stale:
                     continue
