@@ -258,9 +258,9 @@ class Server(socketserver.ThreadingTCPServer):
 
 
 @contextmanager
-def serving(drop: Maildrop) -> Iterator[int]:
-    """The port of a server that serves `drop`."""
-    with Server(drop) as server:
+def running(server: Server) -> Iterator[int]:
+    """Its port."""
+    with server:
         thread = threading.Thread(target=server.serve_forever, args=(0.02,))
         thread.start()
         try:
@@ -292,7 +292,7 @@ class LoadTests(SynchronousTestCase):
         self.drop = Maildrop()
 
     def run_load(self, scenario: str, *options: str) -> subprocess.CompletedProcess[str]:
-        with serving(self.drop) as port:
+        with running(Server(self.drop)) as port:
             return subprocess.run(
                 [self.program, scenario, f"--port={port}", "--user=u", "--limit=60", *options],
                 env={**os.environ, "POP_PASSWORD": PASSWORD},
@@ -413,7 +413,7 @@ class LoadTests(SynchronousTestCase):
 
     def test_barriers(self) -> None:
         """With --sync it waits for an octet before its work and after its result."""
-        with serving(self.drop) as port:
+        with running(Server(self.drop)) as port:
             child = subprocess.Popen(
                 [self.program, "list", f"--port={port}", "--user=u", "--sync", "--limit=60"],
                 env={**os.environ, "POP_PASSWORD": PASSWORD},
@@ -481,7 +481,7 @@ class LoadTests(SynchronousTestCase):
 
     def test_refused_login(self) -> None:
         """The server's own words, if it says -ERR."""
-        with serving(self.drop) as port:
+        with running(Server(self.drop)) as port:
             ran = subprocess.run(
                 [self.program, "list", f"--port={port}", "--user=u", "--auth=pass"],
                 env={**os.environ, "POP_PASSWORD": "wrong"},

@@ -7,9 +7,7 @@ import mailbox
 import os
 import socket
 import ssl
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate
 from pathlib import Path
@@ -26,7 +24,7 @@ from benchmarks.corpus import write_message
 from benchmarks.process import Failed, Machine
 from benchmarks.secure import SERVERS, Secure
 from benchmarks.visitor import NotResumed, Visitor
-from tests.test_benchmarks import MESSAGES, PASSWORD, Handler, Maildrop, Server
+from tests.test_benchmarks import MESSAGES, PASSWORD, Handler, Maildrop, Server, running
 
 V12, V13 = tls.VERSIONS["1.2"], tls.VERSIONS["1.3"]
 
@@ -64,19 +62,6 @@ class TlsServer(Server):
         context = self.context if self.remembers else self.fresh()
         with context.wrap_socket(request, server_side=True) as secure:
             super().finish_request(secure, client_address)  # type: ignore[arg-type]
-
-
-@contextmanager
-def running(server: Server) -> Iterator[int]:
-    """Its port."""
-    with server:
-        thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-        thread.start()
-        try:
-            yield int(server.server_address[1])
-        finally:
-            server.shutdown()
-            thread.join()
 
 
 class Scripted(Secure):

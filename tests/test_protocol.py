@@ -27,6 +27,17 @@ def lose(protocol: POP3Protocol) -> None:
     protocol.connectionLost(Failure(ConnectionDone()))
 
 
+def full_after_each_write(protocol: POP3Protocol, transport: Transport) -> None:
+    """A client that reads slowly: the transport is full until `resumeProducing`."""
+    original = transport.write
+
+    def write(data: bytes) -> None:
+        original(data)
+        protocol.pauseProducing()
+
+    transport.write = write  # type: ignore[method-assign]
+
+
 class WritingTests(SynchronousTestCase):
     def test_one_write_per_read(self) -> None:
         """However many commands a read holds (performance: one write per reply and read)."""
@@ -100,13 +111,7 @@ class WritingTests(SynchronousTestCase):
         protocol, transport = server.logged_in()
         protocol.pauseProducing()
         protocol.resumeProducing()
-        original = transport.write
-
-        def write(data: bytes) -> None:
-            original(data)
-            protocol.pauseProducing()
-
-        transport.write = write  # type: ignore[method-assign]
+        full_after_each_write(protocol, transport)
         protocol.dataReceived(b"RETR 1\r\nNOOP\r\n")
         self.assertEqual(len(transport.writes), 1)
         while not transport.value().endswith(b".\r\n+OK\r\n"):
@@ -914,13 +919,7 @@ class StopTests(SynchronousTestCase):
         """A client that reads slowly gets all rows before the farewell, which is none of them."""
         server = Server([b"x\n"] * 20_000)
         protocol, transport = server.logged_in()
-        original = transport.write
-
-        def write(data: bytes) -> None:
-            original(data)
-            protocol.pauseProducing()
-
-        transport.write = write  # type: ignore[method-assign]
+        full_after_each_write(protocol, transport)
         protocol.dataReceived(b"LIST\r\n")
         stopped = Deferred.fromCoroutine(server.factory.stop(30))
         for _ in range(20):

@@ -12,6 +12,7 @@ import signal
 import socket
 import struct
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 from twisted.internet.address import IPv4Address
@@ -209,15 +210,7 @@ class SignalTests(WorkerCase):
     def test_interrupt(self) -> None:
         """^C at the terminal: workers, in sessions of their own, are told by the parent."""
         server = self.serve()
-        watches = [self.watch(pid) for pid in self.pids]
-        idle = [self.login_at(pid, f"user{n}") for n, pid in enumerate(self.pids)]
-        os.killpg(server.process.pid, signal.SIGINT)
-        for client in idle:
-            failure = self.assertRaises(poplib.error_proto, client._getresp)
-            self.assertIn(b"[SYS/TEMP]", failure.args[0])
-        self.assertEqual(server.process.wait(DEADLINE), -signal.SIGINT)
-        for watch in watches:
-            self.assertTrue(ends(watch))
+        self.stops(server, partial(os.killpg, server.process.pid), signal.SIGINT)
 
     def test_hangup_of_a_worker_and_of_all(self) -> None:
         """A service manager may signal all processes at once: `systemctl kill -s HUP`."""

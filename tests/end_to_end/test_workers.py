@@ -16,7 +16,7 @@ import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from twisted.trial.unittest import SkipTest
@@ -179,6 +179,18 @@ class WorkerCase(ServerCase):
         self.addCleanup(client.close)
         return client
 
+    def stops(self, server: Twistd, send: Callable[[int], None], number: signal.Signals) -> None:
+        """At this signal idle clients of all workers are told, and all processes end."""
+        watches = [self.watch(pid) for pid in self.pids]
+        idle = [self.login_at(pid, f"user{n}") for n, pid in enumerate(self.pids)]
+        send(number)
+        for client in idle:
+            failure = self.assertRaises(poplib.error_proto, client._getresp)
+            self.assertIn(b"[SYS/TEMP]", failure.args[0])
+        self.assertEqual(server.process.wait(DEADLINE), -number)
+        for watch in watches:
+            self.assertTrue(ends(watch))
+
 
 class ServingTests(WorkerCase):
     def test_sessions_at_each(self) -> None:
@@ -335,15 +347,7 @@ class EndTests(WorkerCase):
     def test_a_stop(self) -> None:
         """Idle clients are told, and nothing is left."""
         server = self.serve()
-        watches = [self.watch(pid) for pid in self.pids]
-        idle = [self.login_at(pid, f"user{n}") for n, pid in enumerate(self.pids)]
-        server.process.send_signal(signal.SIGTERM)
-        for client in idle:
-            failure = self.assertRaises(poplib.error_proto, client._getresp)
-            self.assertIn(b"[SYS/TEMP]", failure.args[0])
-        self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
-        for watch in watches:
-            self.assertTrue(ends(watch))
+        self.stops(server, server.process.send_signal, signal.SIGTERM)
         self.assertNotIn("Traceback", server.stop())
 
     def test_a_transfer_in_progress_ends_at_a_stop(self) -> None:
