@@ -132,14 +132,16 @@ def renumbered(ids: Sequence[bytes]) -> list[bytes]:
 
 
 class Steady(Twistd):
-    """With one thread for the spools, however slow the machine is.
+    """With one thread for the spools, however slow the machine is, and one heap.
 
-    A call is known by its number in its thread, which must not depend on how many there are.
+    A call is known by its number in its thread, which must not depend on how many there are. And
+    the C library reads /proc/sys/vm/overcommit_memory before it makes another heap smaller.
     """
 
     def begin(self, case: object, words: list[str], *others: Any, **options: Any) -> None:
         one = "from popdrop import threads; threads.PATIENCE = 1e6; "
-        super().begin(case, [*words[:2], one + words[2], *words[3:]], *others, **options)
+        words = ["/usr/bin/env", "MALLOC_ARENA_MAX=1", *words[:2], one + words[2], *words[3:]]
+        super().begin(case, words, *others, **options)
 
 
 class Place:
