@@ -15,7 +15,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
 from ipaddress import ip_address
@@ -286,10 +286,7 @@ class Popdrop(Service):
         self.state_dir, self._made_state_dir = _private_folder(
             "--state-dir", options["state-dir"] or default
         )
-        self._store_pool = self._pool("popdrop-store", STORE_THREADS)
-        self._lookup_pool = self._pool("popdrop-lookup", LOOKUP_THREADS)
-        self._hash_pool = self._pool("popdrop-hash", HASH_THREADS, HASH_NICE)
-        self._auth_pool = self._pool("popdrop-auth", AUTH_THREADS)
+        self._make_pools()
         checkers = self._checkers()
         self._variations = {
             number: variation("--listen-policy", text)
@@ -422,8 +419,18 @@ class Popdrop(Service):
         uid = parent.get("uid")
         return (os.geteuid(),) if uid is None else (os.geteuid(), int(uid))
 
-    def _pool(self, name: str, threads: int, nice: int = 0) -> Pool:
-        pool = Pool(self._reactor, name, threads, nice)
+    def _make_pools(self) -> None:
+        self._store_pool = self._pool("popdrop-store", STORE_THREADS)
+        self._lookup_pool = self._pool("popdrop-lookup", LOOKUP_THREADS)
+        # What computes for long, or runs programs that do, is not kept to a worker's processor.
+        anywhere = () if self._handed is None else self._handed.processors
+        self._hash_pool = self._pool("popdrop-hash", HASH_THREADS, HASH_NICE, anywhere)
+        self._auth_pool = self._pool("popdrop-auth", AUTH_THREADS, processors=anywhere)
+
+    def _pool(
+        self, name: str, threads: int, nice: int = 0, processors: Collection[int] = ()
+    ) -> Pool:
+        pool = Pool(self._reactor, name, threads, nice, processors)
         self._pools.append(pool)
         return pool
 
@@ -932,7 +939,15 @@ class Popdrop(Service):
             logs=dict(fds),
             alive=None if seconds is None else seconds / 2,
         )
-        self._workers = Workers(self._reactor, [handed._replace(helper=slot) for slot in slots])
+        each = [handed._replace(helper=slot) for slot in slots]
+        processors = sorted(os.sched_getaffinity(0))
+        if len(processors) == len(each):
+            # Were there more, the kernel would know best which are free.
+            each = [
+                one._replace(processor=processor, processors=processors)
+                for one, processor in zip(each, processors, strict=True)
+            ]
+        self._workers = Workers(self._reactor, each)
         try:
             self._workers.start()
         except ConfigError as error:

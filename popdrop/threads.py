@@ -12,7 +12,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -38,16 +39,25 @@ _Work = tuple["Deferred[Any]", Callable[[], Any]]
 class Pool:
     """A bounded number of threads for one kind of work."""
 
-    def __init__(self, reactor: Any, name: str, threads: int, nice: int = 0) -> None:
+    def __init__(
+        self,
+        reactor: Any,
+        name: str,
+        threads: int,
+        nice: int = 0,
+        processors: Collection[int] = (),
+    ) -> None:
         """`reactor` provides `IReactorFromThreads` and `IReactorTime`.
 
         `nice` is added to the threads' own nice value (on Linux each thread has one, sched(7)), so
         that long computations leave the processor to the reactor when there is one for both.
+        `processors` are those the threads may run on; none: where their maker may.
         """
         self._reactor = reactor
         self._name = name
         self._most = threads
         self._nice = nice
+        self._processors = processors
         self._queue: SimpleQueue[_Work | None] = SimpleQueue()
         self._threads: list[threading.Thread] = []
         self._free = 0  # threads that wait and for which no work is in the queue
@@ -133,6 +143,9 @@ class Pool:
             thread = threading.get_native_id()
             usual = os.getpriority(os.PRIO_PROCESS, thread)
             os.setpriority(os.PRIO_PROCESS, thread, min(usual + self._nice, 19))
+        if self._processors:
+            with suppress(OSError):  # those the process had at its start may be gone (cpuset(7))
+                os.sched_setaffinity(0, self._processors)
         ends = False
         while (item := self._queue.get()) is not None:
             done, work = item

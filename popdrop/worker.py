@@ -162,6 +162,7 @@ def main(config: dict[str, Any]) -> None:
     os.dup2(null, 0)
     os.close(null)
     handed = _handed(config)
+    handed.settle()
     importlib.import_module(config["reactor"]).install()
     from twisted.internet import reactor as installed
 

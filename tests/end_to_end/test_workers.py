@@ -60,6 +60,11 @@ def server_of(client: socket.socket, pids: set[int]) -> int:
     raise AssertionError(f"{inode} is open in none of {pids}")
 
 
+def nice(stat: Path) -> int:
+    """Field 19 of stat (proc(5)) of a process or thread."""
+    return int(stat.read_text().rpartition(")")[2].split()[16])
+
+
 @contextlib.contextmanager
 def alone(pid: int, pids: set[int]) -> Iterator[None]:
     """No other worker of `pids` runs."""
@@ -190,6 +195,62 @@ class WorkerCase(ServerCase):
         self.assertEqual(server.process.wait(DEADLINE), -number)
         for watch in watches:
             self.assertTrue(ends(watch))
+
+
+def processors(pid: int) -> dict[str, set[int]]:
+    """What each thread may run on, by its number."""
+    return {thread: os.sched_getaffinity(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
+
+
+class Kept(Twistd):
+    """On the first two processors at most, of those this process may run on."""
+
+    allowed = sorted(os.sched_getaffinity(0))[:2]
+
+    def around(self) -> list[str]:
+        return ["taskset", "-c", ",".join(map(str, self.allowed))]
+
+
+class ProcessorTests(WorkerCase):
+    def _serve(self) -> None:
+        options = ("--workers", str(self.workers))
+        self.server = Kept(self, self.folder, *options)
+        self.pids = children(self.server.process.pid)
+
+    def test_one_each(self) -> None:
+        """All that shares an interpreter's lock is on one; what makes hashes is on any."""
+        self.workers = len(Kept.allowed)
+        self._serve()
+        found = []
+        for number, pid in enumerate(self.pids):
+            self.login_at(pid, f"user{number}")
+            (own,) = os.sched_getaffinity(pid)
+            found.append(own)
+            usual = nice(Path(f"/proc/{pid}/stat"))
+            nicer = 0
+            for thread, some in processors(pid).items():
+                hashes = nice(Path(f"/proc/{pid}/task/{thread}/stat")) > usual
+                self.assertEqual(some, set(Kept.allowed) if hashes else {own})
+                nicer += hashes
+            self.assertTrue(nicer)
+        self.assertEqual(sorted(found), Kept.allowed)
+        self.assertEqual(os.sched_getaffinity(self.server.process.pid), set(Kept.allowed))
+
+    def test_a_new_one_has_the_place_of_the_old(self) -> None:
+        self.workers = len(Kept.allowed)
+        self._serve()
+        pid = self.pids.pop()
+        place = os.sched_getaffinity(pid)
+        os.kill(pid, signal.SIGKILL)
+        self.server.wait_for(r"worker \d+ pid \d+ serves")
+        (new,) = children(self.server.process.pid) - self.pids
+        self.assertEqual(os.sched_getaffinity(new), place)
+
+    def test_more_workers_than_processors(self) -> None:
+        self.workers = len(Kept.allowed) + 1
+        self._serve()
+        for pid in self.pids:
+            self.assertEqual(os.sched_getaffinity(pid), set(Kept.allowed))
 
 
 class ServingTests(WorkerCase):
