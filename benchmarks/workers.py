@@ -1,6 +1,6 @@
 """`python -m benchmarks.workers`: sessions/s of two workers on two cores, and of one on one.
 
-Each session is connect, APOP, STAT, QUIT, 16 at once, by the load generator in C. The servers, one
+Each session is connect, APOP, STAT, QUIT, 32 at once, by the load generator in C. The servers, one
 process without `--workers`, one worker and two, take turns.
 
 One process, or one worker and its parent, has a core for itself, and the generator the other. Two
@@ -30,9 +30,10 @@ from benchmarks.peers import Popdrop
 from benchmarks.process import Failed, cores
 
 MESSAGES = 10
-USERS = 64
-"""Twice as many as are at work at once at most, so that nobody finds his maildrop in use."""
-AT_ONCE = 16
+USERS = 128
+"""More than are at work at once, so that nobody finds his maildrop in use."""
+AT_ONCE = 32
+"""16 for each of two workers: fewer are less than a process can do in a turn of its reactor."""
 BUSY = 0.2
 """Cores used by others, above which the times say little (benchmarks/README.md)."""
 

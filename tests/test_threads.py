@@ -40,6 +40,14 @@ class PoolTests(TestCase):
         self.assertEqual(await self.pool(1).run(niceness), usual)
         self.assertEqual(niceness(), usual)
 
+    async def test_threads_let_the_reactor_go_first(self) -> None:
+        def policy() -> int:
+            return os.sched_getscheduler(threading.get_native_id())
+
+        usual = policy()
+        self.assertEqual(await self.pool(1).run(policy), os.SCHED_BATCH)
+        self.assertEqual(policy(), usual)
+
     async def test_failure(self) -> None:
         with self.assertRaises(ZeroDivisionError):
             await self.pool(1).run(lambda: 1 // 0)
