@@ -35,7 +35,10 @@ from popdrop.values import PeerFacts
 log = Logger()
 
 CIPHERS = b"ECDHE+AESGCM:ECDHE+CHACHA20:!aNULL"
-"""For TLS 1.2; those of TLS 1.3 are all good."""
+"""For TLS 1.2."""
+
+CIPHERS_OF_13 = b"TLS_AES_128_GCM_SHA256:TLS_AES_256_GCM_SHA384:TLS_CHACHA20_POLY1305_SHA256"
+"""All are good, and so the first is the quickest: a handshake makes some twenty hashes."""
 
 LAYOUTS = (("fullchain.pem", "privkey.pem"), ("tls.crt", "tls.key"))
 """Names of chain and key in a folder: certbot's, and those of a Kubernetes secret."""
@@ -398,10 +401,12 @@ class Certificates:
         context = SSL.Context(SSL.TLS_SERVER_METHOD)
         context.set_min_proto_version(SSL.TLS1_2_VERSION)
         context.set_options(SSL.OP_NO_COMPRESSION | SSL.OP_NO_RENEGOTIATION)
+        context.set_options(SSL.OP_CIPHER_SERVER_PREFERENCE)
         context.set_mode(SSL.MODE_RELEASE_BUFFERS)
         # Sessions are resumed by tickets, which the clients keep; a cache here would only grow.
         context.set_session_cache_mode(SSL.SESS_CACHE_OFF)
         context.set_cipher_list(CIPHERS)
+        context.set_tls13_ciphersuites(CIPHERS_OF_13)
         context.set_alpn_select_callback(_choose_protocol)
         context.set_tlsext_servername_callback(self._choose_certificate)
         if roots:

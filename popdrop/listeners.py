@@ -28,12 +28,10 @@ from twisted.internet.error import CannotListenError
 from twisted.internet.interfaces import (
     IAddress,
     IListeningPort,
-    IProtocol,
     IProtocolFactory,
     IReactorTime,
     IStreamServerEndpoint,
 )
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
@@ -42,6 +40,7 @@ from popdrop.certs import Certificates, Keyring
 from popdrop.errors import ConfigError
 from popdrop.inherited import BACKLOG
 from popdrop.proxied import ProxiedEndpoint
+from popdrop.securing import TLSFactory
 from popdrop.sending import prompt
 from popdrop.spec import Spec, parse, quoted
 from popdrop.values import Network, PeerFacts, normalised
@@ -441,14 +440,6 @@ class _Inherited:
         return cast(IListeningPort, port)
 
 
-class _TLSFactory(TLSMemoryBIOFactory):
-    """As Twisted's, but the wrapped factory may refuse a connection by `None`."""
-
-    def buildProtocol(self, addr: IAddress | None) -> Any:
-        inner: IProtocol | None = self.wrappedFactory.buildProtocol(cast(IAddress, addr))
-        return None if inner is None else self.protocol(self, inner)
-
-
 @implementer(IStreamServerEndpoint)
 class _TLSEndpoint:
     def __init__(
@@ -459,5 +450,5 @@ class _TLSEndpoint:
         self._clock = clock
 
     def listen(self, factory: IProtocolFactory) -> Deferred[IListeningPort]:
-        wrapped = _TLSFactory(self._certificates, False, factory, clock=self._clock)
+        wrapped = TLSFactory(self._certificates, factory, self._clock)
         return self.plain.listen(cast(IProtocolFactory, wrapped))

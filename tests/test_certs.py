@@ -22,13 +22,13 @@ from twisted.internet.defer import inlineCallbacks
 from twisted.internet.interfaces import IOpenSSLServerConnectionCreator
 from twisted.internet.protocol import Protocol, ServerFactory
 from twisted.internet.threads import deferToThread
-from twisted.protocols.tls import TLSMemoryBIOFactory
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
 
 from popdrop import certs
 from popdrop.certs import Certificates, Keyring, self_made, tls_facts
 from popdrop.errors import ConfigError
+from popdrop.securing import TLSFactory
 from popdrop.values import PeerFacts
 
 AUTHORITY = trustme.CA()
@@ -792,7 +792,7 @@ class SocketCase(TestCase):
         certificates = Certificates(self.folder)
         factory = ServerFactory.forProtocol(Talker)
         factory.certificates = certificates
-        wrapped = TLSMemoryBIOFactory(certificates, False, factory)
+        wrapped = TLSFactory(certificates, factory, reactor)
         self.ports = []
         for each in (wrapped, factory):
             port = reactor.listenTCP(0, each, interface="127.0.0.1")
@@ -853,6 +853,23 @@ class VersionTests(SocketCase):
         with self.assertRaises(ssl.SSLError) as caught:
             yield deferToThread(self.talk, context)
         self.assertIn("HANDSHAKE_FAILURE", caught.exception.reason)
+
+    @inlineCallbacks
+    def test_the_order_is_the_servers(self):
+        """The quickest of the good ones with TLS 1.3; with 1.2 the client has the other one."""
+        context = client_context(minimum_version=ssl.TLSVersion.TLSv1_3)
+        first = context.get_ciphers()[0]["name"]
+        self.assertEqual(first, "TLS_AES_256_GCM_SHA384")
+        *_, answer, _, _ = yield deferToThread(self.talk, context)
+        self.assertIn("TLS_AES_128_GCM_SHA256", answer)
+        chosen = set()
+        names = ["ECDHE-ECDSA-AES128-GCM-SHA256", "ECDHE-ECDSA-AES256-GCM-SHA384"]
+        for order in (names, names[::-1]):
+            context = client_context(maximum_version=ssl.TLSVersion.TLSv1_2)
+            context.set_ciphers(":".join(order))
+            *_, answer, _, _ = yield deferToThread(self.talk, context)
+            chosen.add(answer)
+        self.assertEqual(len(chosen), 1)
 
     @inlineCallbacks
     def test_sessions_are_resumed(self):

@@ -30,6 +30,7 @@ _TABLE = """
 6   accounts.oidc
 5   stores.mbox.store stores.mbox.keepsake stores.mbox.mend
 5   accounts.issuer accounts.backends
+5   securing
 4   proxied certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
 4   stores.mbox.beside stores.mbox.check
 4   accounts.rosters accounts.importers accounts.system accounts.checkpassword

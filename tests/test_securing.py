@@ -1,0 +1,190 @@
+"""`popdrop.securing`, with Python's own client on loopback."""
+
+from __future__ import annotations
+
+import os
+import socket
+import ssl
+from typing import Any
+
+from OpenSSL import SSL
+from twisted.internet import reactor
+from twisted.internet.defer import Deferred
+from twisted.internet.error import ConnectionDone, ConnectionLost
+from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.threads import deferToThread
+from twisted.python.failure import Failure
+from twisted.trial.unittest import TestCase
+
+from popdrop.certs import Certificates
+from popdrop.securing import TLSFactory
+from tests.test_certs import TIMEOUT, certbot, client_context
+
+BULK = 4_000_000
+
+
+class Speaker(Protocol):
+    """Does what its factory's `greet` and `answer` say; tells of the end."""
+
+    def connectionMade(self) -> None:
+        self.paused: list[bool] = []
+        self.transport.registerProducer(self, True)
+        self.factory.greet(self)
+
+    def dataReceived(self, data: bytes) -> None:
+        self.factory.answer(self, data)
+
+    def pauseProducing(self) -> None:
+        self.paused.append(True)
+
+    def resumeProducing(self) -> None:
+        self.paused.append(False)
+
+    def stopProducing(self) -> None:
+        pass
+
+    def connectionLost(self, reason: Failure = connectionDone) -> None:
+        self.factory.lost.callback(reason.value)
+
+
+class SecuringTests(TestCase):
+    def setUp(self) -> None:
+        folder = self.mktemp()
+        certbot(os.path.join(folder, "a"), "a.example")
+        self.factory: Any = ServerFactory.forProtocol(Speaker)
+        self.factory.greet = lambda speaker: speaker.transport.write(b"+OK\r\n")
+        self.factory.answer = lambda speaker, data: speaker.transport.write(data)
+        self.factory.lost = Deferred()
+        wrapped = TLSFactory(Certificates(folder), self.factory, reactor)
+        port: Any = reactor.listenTCP(0, wrapped, interface="127.0.0.1")
+        self.addCleanup(port.stopListening)
+        self.address = ("127.0.0.1", port.getHost().port)
+
+    def raw(self) -> socket.socket:
+        client = socket.create_connection(self.address, TIMEOUT)
+        self.addCleanup(client.close)
+        return client
+
+    def client(self) -> ssl.SSLSocket:
+        client = client_context().wrap_socket(self.raw(), server_hostname="a.example")
+        self.addCleanup(client.close)
+        return client
+
+    async def reason(self) -> BaseException:
+        value: BaseException = await self.factory.lost
+        return value
+
+    async def test_what_is_written_before_the_handshake_comes_in_order(self) -> None:
+        def greet(speaker: Speaker) -> None:
+            for part in (b"one ", b"", b"two ", b"three\r\n"):
+                speaker.transport.write(part)
+
+        def talk() -> bytes:
+            with self.client() as client, client.makefile("rwb") as lines:
+                greeting = lines.readline()
+                lines.write(b"more\r\n")
+                lines.flush()
+                return greeting + lines.readline()
+
+        self.factory.greet = greet
+        self.assertEqual(await deferToThread(talk), b"one two three\r\nmore\r\n")
+
+    async def test_nothing_is_written_behind_the_end(self) -> None:
+        """The client is told of the end, by TLS."""
+
+        def answer(speaker: Speaker, data: bytes) -> None:
+            speaker.transport.write(b"bye\r\n")
+            speaker.transport.unregisterProducer()
+            speaker.transport.loseConnection()
+            speaker.transport.write(b"never\r\n")
+
+        def talk() -> bytes:
+            with self.client() as client:
+                client.sendall(b"QUIT\r\n")
+                said = b""
+                while octets := client.recv(100):
+                    said += octets
+                client.unwrap()  # would fail without the server's own
+                return said
+
+        self.factory.answer = answer
+        self.assertEqual(await deferToThread(talk), b"+OK\r\nbye\r\n")
+        self.assertIsInstance(await self.reason(), ConnectionDone)
+
+    async def test_a_client_that_leaves_behind_our_end(self) -> None:
+        """Without its own, as most do: the session has ended well."""
+
+        def answer(speaker: Speaker, data: bytes) -> None:
+            speaker.transport.unregisterProducer()
+            speaker.transport.loseConnection()
+
+        def talk() -> None:
+            client = self.client()
+            client.sendall(b"QUIT\r\n")
+            while client.recv(100):
+                pass
+            socket.socket(fileno=client.detach()).close()
+
+        self.factory.answer = answer
+        await deferToThread(talk)
+        self.assertIsInstance(await self.reason(), ConnectionDone)
+
+    async def test_a_client_that_is_cut_off(self) -> None:
+        """No end of TLS is an end of the connection, not one of TLS."""
+
+        def talk() -> None:
+            client = self.client()
+            client.recv(100)
+            socket.socket(fileno=client.detach()).close()
+
+        await deferToThread(talk)
+        self.assertIsInstance(await self.reason(), ConnectionLost)
+
+    async def test_what_is_no_handshake(self) -> None:
+        def talk() -> bytes:
+            with self.raw() as client:
+                client.sendall(b"USER bob\r\nPASS secret\r\n")
+                return client.recv(100)
+
+        alert = await deferToThread(talk)
+        self.assertTrue(alert.startswith(b"\x15") or not alert, alert)
+        self.assertIsInstance(await self.reason(), SSL.Error)
+
+    async def test_one_that_never_speaks(self) -> None:
+        """What was written for it is dropped with it."""
+        await deferToThread(lambda: self.raw().close())
+        self.assertIsInstance(await self.reason(), ConnectionLost | ConnectionDone)
+
+    async def test_abort_before_the_handshake(self) -> None:
+        self.factory.greet = lambda speaker: speaker.transport.abortConnection()
+
+        def talk() -> bytes:
+            with self.raw() as client:
+                try:
+                    return client.recv(100)
+                except ConnectionResetError:
+                    return b""
+
+        self.assertEqual(await deferToThread(talk), b"")
+        await self.reason()
+
+    async def test_bulk(self) -> None:
+        """A transport that is full says so, and when it has room; all octets come."""
+        octets = bytes(range(256)) * (BULK // 256)
+        speakers = []
+
+        def answer(speaker: Speaker, data: bytes) -> None:
+            speakers.append(speaker)
+            speaker.transport.write(octets)
+
+        def talk() -> bytes:
+            with self.client() as client, client.makefile("rb") as lines:
+                lines.readline()
+                client.sendall(b"RETR 1\r\n")
+                return lines.read(len(octets))
+
+        self.factory.answer = answer
+        self.assertTrue(await deferToThread(talk) == octets)
+        self.assertIn(True, speakers[0].paused)
+        self.assertFalse(speakers[0].paused[-1])
+        await self.reason()
