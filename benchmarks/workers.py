@@ -10,6 +10,9 @@ rate for a client on another machine is that of the run divided by the share of 
 left. A core that was idle counts as left, so it does not flatter. `by CPU` is the same from the
 server's processor time alone, that of the parent included: sessions/s if its cores did nothing
 else. Where both differ, the server was idle at times, or the machine was busy.
+
+Two virtual processors are not always two: in each turn two processes that have nothing in common
+also run at the same time, each with 16 sessions on a core of its own, for what the machine gives.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +47,7 @@ class OneProcess(Popdrop):
 
     key = "one"
     cores = 1
+    on_second = False
 
 
 class OneWorker(OneProcess):
@@ -58,6 +63,13 @@ class TwoWorkers(OneProcess):
     key = "workers"
     cores = 2
     more_options = ("--workers", "2")
+
+
+class Twin(OneProcess):
+    """As the first, on the other core."""
+
+    key = "twin"
+    on_second = True
 
 
 @dataclass(frozen=True)
@@ -117,7 +129,8 @@ def serving(
     servers: list[OneProcess] = []
     try:
         for kind in kinds:
-            server = kind(folder, first if kind.cores == 1 else (first, second), password)
+            own = second if kind.on_second else first
+            server = kind(folder, own if kind.cores == 1 else (first, second), password)
             server.more_options += options
             servers.append(server)
             server.start(users)
@@ -139,6 +152,31 @@ def measure(server: OneProcess, count: int) -> Rate:
     return Rate.of(run, server.cores, shared)
 
 
+def together(servers: Sequence[OneProcess], count: int) -> float:
+    """Milliseconds of processor a session, of processes that know nothing of each other."""
+
+    def work(server: OneProcess) -> Run:
+        options = {"users": USERS, "concurrency": AT_ONCE // 2, "messages": MESSAGES}
+        return Generator(cores()).run(
+            server, "session", "apop", user="s", count=count // 2, **options
+        )
+
+    with ThreadPoolExecutor(len(servers)) as pool:
+        runs = list(pool.map(work, servers))
+    return sum(run.cpu for run in runs) / sum(run.count for run in runs) * 1e3
+
+
+def ceiling(alone: Sequence[Rate], both: Sequence[float]) -> str:
+    """How many times as fast as one process two are that share nothing but the machine."""
+    one = [rate.server for rate in alone]
+    times = 2 * median(one) / median(both)
+    best = 2 * min(one) / min(both)
+    return (
+        "two processes that share nothing / one: by CPU"
+        f" {times:.2f}, in the best runs {best:.2f}: what the machine has for two"
+    )
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.workers", description=__doc__)
@@ -147,14 +185,19 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--throttle", default="off", metavar="TEXT", help="(%(default)s)")
     given = parser.parse_args(argv)
     kinds = (OneProcess, OneWorker, TwoWorkers)
-    with serving(kinds, ("--throttle", given.throttle)) as servers:
+    with serving((*kinds, Twin), ("--throttle", given.throttle)) as (*servers, twin):
         found: dict[str, list[Rate]] = {server.key: [] for server in servers}
+        both: list[float] = []
         for number in range(given.runs + 1):
             for server in servers:
                 rate = measure(server, given.sessions if number else 500)
                 if number:
                     found[server.key].append(rate)
+            apart = together((servers[0], twin), given.sessions if number else 500)
+            if number:
+                both.append(apart)
     print(table(kinds, found))
+    print(ceiling(found[OneProcess.key], both))
     return 0
 
 

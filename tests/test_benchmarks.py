@@ -607,6 +607,9 @@ class WorkersTests(SynchronousTestCase):
         self.assertIn("measure again", workers.table(kinds, found))
 
     def test_middle_of_each_figure(self) -> None:
+        alone = [workers.Rate(1, 1, 1, ms, 0, 0) for ms in (0.6, 0.4, 0.5)]
+        text = workers.ceiling(alone, [0.5, 0.55, 0.4])
+        self.assertIn("by CPU 2.00, in the best runs 2.00", text)
         rates = [workers.Rate(*([float(n)] * 5), float(-n)) for n in (5, 1, 2)]
         self.assertEqual(workers.middle(rates), workers.Rate(2.0, 2.0, 2.0, 2.0, 2.0, -2.0))
 
