@@ -197,7 +197,7 @@ class Options(AuthOptionMixin, usage.Options):
             None,
             0,
             f"Processes that serve, {MOST_WORKERS} at most, beside the one that starts them."
-            " 0: that one alone serves.",
+            " 0: that one alone serves. As many as processors: each keeps to one.",
             _workers,
         ],
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],

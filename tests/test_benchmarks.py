@@ -606,10 +606,12 @@ class WorkersTests(SynchronousTestCase):
         found["one"] = [replace(rates[0], others=0.21)] * 3
         self.assertIn("measure again", workers.table(kinds, found))
 
-    def test_middle_of_each_figure(self) -> None:
+    def test_what_the_machine_has_for_two(self) -> None:
         alone = [workers.Rate(1, 1, 1, ms, 0, 0) for ms in (0.6, 0.4, 0.5)]
-        text = workers.ceiling(alone, [0.5, 0.55, 0.4])
-        self.assertIn("by CPU 2.00, in the best runs 2.00", text)
+        text = workers.ceiling(alone, [0.5, 0.7, 0.5])
+        self.assertIn("by CPU 2.00, in the best runs 1.60", text)
+
+    def test_middle_of_each_figure(self) -> None:
         rates = [workers.Rate(*([float(n)] * 5), float(-n)) for n in (5, 1, 2)]
         self.assertEqual(workers.middle(rates), workers.Rate(2.0, 2.0, 2.0, 2.0, 2.0, -2.0))
 

@@ -856,7 +856,7 @@ class VersionTests(SocketCase):
 
     @inlineCallbacks
     def test_the_order_is_the_servers(self):
-        """The quickest of the good ones with TLS 1.3; with 1.2 the client has the other one."""
+        """With TLS 1.3 the quickest; with 1.2 it is the same whichever the client names first."""
         context = client_context(minimum_version=ssl.TLSVersion.TLSv1_3)
         first = context.get_ciphers()[0]["name"]
         self.assertEqual(first, "TLS_AES_256_GCM_SHA384")

@@ -215,10 +215,11 @@ class KillsAgain:
         """After the first kill: what must hold in the end, and a new server."""
         for _ in tries(first):
             told = Told(place, scene, server)
-            hit = kill(place, server, first, told.client.quit)[1]
+            said, hit = kill(place, server, first, told.client.quit)
             if hit:
                 told.arrive()
             server = place.serve()
             if hit:
                 break
+            told.check(server, said)
         return told, server
