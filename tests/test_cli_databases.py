@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import click
 from click.testing import CliRunner, Result
 
-from popdrop.accounts import sqlitefile
+from popdrop import sqlitefile
 from popdrop.accounts.database import AccountsDatabase
 from popdrop.cli.main import popdrop
 from popdrop.values import Secret
@@ -132,7 +132,7 @@ class DatabaseTests(CommandCase):
         connection.commit()
         connection.close()
         os.chmod(self.db, 0o600)
-        self.check_all(f"{self.db}: not an accounts database of Popdrop")
+        self.check_all(f"{self.db}: no accounts database of Popdrop")
 
     def test_damaged(self) -> None:
         with open(self.db, "r+b") as file:

@@ -15,14 +15,16 @@ from twisted.python.monkey import MonkeyPatcher
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 from zope.interface.verify import verifyObject
 
+from popdrop import sqlitefile
 from popdrop.accounts import database as module
-from popdrop.accounts import rows, sqlitefile
+from popdrop.accounts import rows
 from popdrop.accounts.database import AccountsDatabase, Refused, SystemFacts
+from popdrop.accounts.schema import ACCOUNTS
 from popdrop.accounts.secrets import Hasher, load_key
-from popdrop.accounts.sqlitefile import SqliteFile
 from popdrop.asowner import give
 from popdrop.errors import ConfigError, TemporaryFailure
 from popdrop.interfaces import IAccounts
+from popdrop.sqlitefile import SqliteFile
 from popdrop.values import Account, Secret
 
 
@@ -547,7 +549,7 @@ class TroubleTests(DatabaseCase):
     def test_somebody_elses_database(self) -> None:
         self.sql("CREATE TABLE account (name BLOB)")
         os.chmod(self.path, 0o600)
-        self.assertIn("not an accounts database", str(self.assertRaises(ConfigError, self.open)))
+        self.assertIn("no accounts database", str(self.assertRaises(ConfigError, self.open)))
         self.assertEqual(self.sql("SELECT name FROM sqlite_master"), [("account",)])
 
     def test_crash_right_after_the_file_was_made(self) -> None:
@@ -763,7 +765,7 @@ class ThreadTests(DatabaseCase):
         for moment in range(12):
             with self.subTest(moment=moment):
                 path = os.path.join(self.mktemp(), "accounts.db")
-                SqliteFile(path).create()
+                SqliteFile(path, ACCOUNTS).create()
                 statements: list[str] = []
 
                 class Late(sqlitefile._AsOwner):
@@ -773,7 +775,7 @@ class ThreadTests(DatabaseCase):
                         statements.append(sql)  # noqa: B023
                         if len(statements) == moment + 1:  # noqa: B023
                             racing.restore()  # noqa: B023
-                            with SqliteFile(path).use():  # noqa: B023
+                            with SqliteFile(path, ACCOUNTS).use():  # noqa: B023
                                 pass
                         return super().execute(sql, *parameters)
 
@@ -782,7 +784,7 @@ class ThreadTests(DatabaseCase):
                 )
                 racing.patch()
                 self.addCleanup(racing.restore)
-                with SqliteFile(path).use() as opened:
+                with SqliteFile(path, ACCOUNTS).use() as opened:
                     found = opened.connection.execute("SELECT name FROM meta").fetchall()
                 self.assertEqual(found, [("id",)])
                 self.assertGreater(len(statements), moment)

@@ -8,6 +8,7 @@ import shutil
 import sqlite3
 import stat
 from collections.abc import Callable
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any
 
@@ -17,10 +18,12 @@ from scramp import ScramClient, ScramMechanism
 from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.accounts import database as module
-from popdrop.accounts import rows, scram, sqlitefile
+from popdrop.accounts import rows, scram
 from popdrop.accounts.database import AccountsDatabase, Incoming, Refused
+from popdrop.accounts.schema import ACCOUNTS
 from popdrop.accounts.secrets import Vault
 from popdrop.errors import ConfigError, TemporaryFailure
+from popdrop.sqlitefile import SqliteFile
 from popdrop.values import Scope, ScramVerifier, Secret
 from tests.test_database import DatabaseCase
 
@@ -645,9 +648,7 @@ class KeySourceTests(DatabaseCase):
 
 class MigrationTests(DatabaseCase):
     def first_schema(self) -> None:
-        steps = sqlitefile._MIGRATIONS[:1]
-        patch = self.patch(sqlitefile, "_MIGRATIONS", steps)
-        file = sqlitefile.SqliteFile(self.path)
+        file = SqliteFile(self.path, replace(ACCOUNTS, steps=ACCOUNTS.steps[:1]))
         file.create()
         with file.use() as opened:
             opened.connection.execute(
@@ -659,7 +660,6 @@ class MigrationTests(DatabaseCase):
                 (b"bob", b"hash of x"),
             )
         file.close()
-        patch.restore()
 
     def test_accounts_are_kept(self) -> None:
         self.first_schema()

@@ -34,13 +34,13 @@ _TABLE = """
 4   proxied certs session threads stores.mbox.drop stores.mbox.recovery stores.maildir
 4   stores.mbox.beside stores.mbox.check
 4   accounts.rosters accounts.importers accounts.system accounts.checkpassword
-4   accounts.passwdfile
-3   sasl policy selfmade config accounts.database
+4   accounts.passwdfile accounts.database
+3   sasl policy selfmade config accounts.schema
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
 3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks
 3  accounts.tokens ops.access
 5  ops.names
-2  credentials wire spec accounts.sqlitefile accounts.keys sharedcounts
+2  credentials wire spec sqlitefile accounts.keys sharedcounts
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
 1   interfaces accounts.secrets accounts.scram accounts.rows accounts.foreign
@@ -58,8 +58,8 @@ _TABLE = """
 2   accounts.pace
 1   accounts.helperwire
 0   accounts.supervisor deadlines accepting
-5   cli.show
-4   cli.common
+6   cli.show
+5   cli.common
 """
 """`a.*` stands for every module of `a` that has no rank of its own."""
 

@@ -1,4 +1,4 @@
-"""`AccountsDatabase`: accounts in one SQLite file (`sqlitefile.py`).
+"""`AccountsDatabase`: accounts in one SQLite file (`popdrop.sqlitefile`).
 
 The files are looked at before every use (decision 36). Every trouble while running is a
 `TemporaryFailure`: a database that cannot be read lets nobody in.
@@ -29,11 +29,12 @@ from zope.interface import implementer
 from popdrop.accounts import rows, scram
 from popdrop.accounts.keys import KeyFile, KeySource, key_source
 from popdrop.accounts.rows import APOP, PASSWORD, AppPassword, Entry
+from popdrop.accounts.schema import ACCOUNTS
 from popdrop.accounts.secrets import CannotOpen, Hasher, Vault, make_key, sync_folder
-from popdrop.accounts.sqlitefile import Opened, SqliteFile, resolved, transaction
 from popdrop.credentials import acceptable_name, prepared
 from popdrop.errors import BadCredentials, ConfigError, TemporaryFailure
 from popdrop.interfaces import IAccounts, IScramAccounts
+from popdrop.sqlitefile import Opened, SqliteFile, resolved, transaction
 from popdrop.values import ANYTHING, Account, Network, Scope, ScramVerifier, Secret
 
 WORDS_OCTETS: Final = 248
@@ -151,7 +152,7 @@ class AccountsDatabase:
         key: str | None = None,
     ) -> None:
         self._key = key_source(key, resolved(path), os.environ)
-        self._file = SqliteFile(path, look_every, self._key.stamp)
+        self._file = SqliteFile(path, ACCOUNTS, look_every, self._key.stamp)
         self._hasher = hasher if hasher is not None else Hasher()
         self._system = system if system is not None else SystemFacts()
         self._vault: tuple[object, Vault | None] = (None, None)
@@ -163,7 +164,7 @@ class AccountsDatabase:
     def create(cls, path: str, key: str | None = None) -> bool:
         """Make an empty database and its key. `False` when there is one. Raises `ConfigError`."""
         source = key_source(key, resolved(path), os.environ)
-        file = SqliteFile(path)
+        file = SqliteFile(path, ACCOUNTS)
         try:
             if not file.create():
                 return False

@@ -1,8 +1,8 @@
 """One SQLite file that only its owner can read: making it, looking at it, opening it.
 
-Beside `accounts.db` lie `accounts.db.key`, the key of the sealed secrets, and SQLite's own
-`accounts.db-wal` and `accounts.db-shm`. The file is never opened here by anything but SQLite while
-it is in use: closing a second descriptor would drop SQLite's locks (fcntl(2), record locks).
+Beside `NAME` lie SQLite's own `NAME-wal` and `NAME-shm`. The file is never opened here by anything
+but SQLite while it is in use: closing a second descriptor would drop SQLite's locks (fcntl(2),
+record locks).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Hashable, Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from typing import Any, Final, NamedTuple
 from urllib.parse import quote
 
@@ -24,45 +25,29 @@ from popdrop.errors import ConfigError
 PATIENCE: Final = 1.0
 """Seconds that SQLite waits for a lock. In WAL mode readers wait for nobody."""
 
-_APPLICATION_ID: Final = 0x506F7064  # "Popd"
 
-# The statements of each step; `PRAGMA user_version` counts the steps done. A step that an older
-# server must not overlook renames the table it reads: its look-ups then fail, as they should.
-_MIGRATIONS: Final = (
-    (
-        "CREATE TABLE meta (name TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL) WITHOUT ROWID",
-        "CREATE TABLE account ("
-        " name BLOB PRIMARY KEY NOT NULL CHECK (typeof(name) = 'blob'),"
-        " disabled INTEGER NOT NULL DEFAULT 0,"
-        " version INTEGER NOT NULL,"
-        " changed INTEGER NOT NULL"
-        ") WITHOUT ROWID",
-        "CREATE TABLE verifier ("
-        " name BLOB NOT NULL REFERENCES account (name) ON DELETE CASCADE,"
-        " kind TEXT NOT NULL,"
-        " value BLOB NOT NULL,"
-        " PRIMARY KEY (name, kind)"
-        ") WITHOUT ROWID",
-    ),
-    # Restrictions of an account, which a server that does not know them must not overlook.
-    (
-        "ALTER TABLE account RENAME TO accounts",
-        "ALTER TABLE accounts ADD COLUMN expires INTEGER",
-        "ALTER TABLE accounts ADD COLUMN networks TEXT NOT NULL DEFAULT ''",
-        "ALTER TABLE accounts ADD COLUMN read_only INTEGER NOT NULL DEFAULT 0",
-        "CREATE TABLE app_password ("
-        " name BLOB NOT NULL REFERENCES accounts (name) ON DELETE CASCADE,"
-        " label TEXT NOT NULL,"
-        " digest BLOB NOT NULL,"
-        " read_only INTEGER NOT NULL,"
-        " networks TEXT NOT NULL,"
-        " expires INTEGER,"
-        " created INTEGER NOT NULL,"
-        " used INTEGER,"
-        " PRIMARY KEY (name, label)"
-        ") WITHOUT ROWID",
-    ),
+@dataclass(frozen=True, slots=True)
+class Schema:
+    """What one kind of file holds.
+
+    `steps` are the statements that make it and bring it up to date; `PRAGMA user_version` counts
+    the steps done. The first makes a table `meta`, where the file's id will stand. A step that an
+    older server must not overlook renames the table it reads: its look-ups then fail, as they
+    should. `title` names it in messages, `remedy` what makes a new one, where `{path}` is its path.
+    `durable`: what is committed outlives a power cut.
+    """
+
+    application_id: int
+    title: str
+    remedy: str
+    steps: tuple[tuple[str, ...], ...]
+    durable: bool = True
+
+
+META: Final = (
+    "CREATE TABLE meta (name TEXT PRIMARY KEY NOT NULL, value BLOB NOT NULL) WITHOUT ROWID"
 )
+"""The statement that begins every first step."""
 
 
 def resolved(path: str) -> str:
@@ -122,10 +107,12 @@ class SqliteFile:
     def __init__(
         self,
         path: str,
+        schema: Schema,
         look_every: float = 0.0,
         key_stamp: Callable[[], Hashable | None] = lambda: None,
     ) -> None:
         self.path = resolved(path)
+        self._schema = schema
         self._key_stamp = key_stamp
         self._look_every = look_every
         self._looked: tuple[float, Seen] | None = None
@@ -165,8 +152,8 @@ class SqliteFile:
             facts = private_facts(self.path)
         except FileNotFoundError:
             raise ConfigError(
-                f"{self.path}: no such accounts database;"
-                f" `popdrop user add --db {self.path} NAME` makes one"
+                f"{self.path}: no such {self._schema.title};"
+                f" {self._schema.remedy.format(path=self.path)}"
             ) from None
         if facts.st_uid == 0 and os.geteuid() == 0:
             owner = os.stat(self.folder).st_uid
@@ -218,8 +205,8 @@ class SqliteFile:
     def _look_at_folder(self) -> None:
         if os.stat(self.folder).st_mode & 0o022:
             raise ConfigError(
-                f"{self.folder}: group or others may write to the folder of the accounts database;"
-                f" give it a folder of its own, or chmod go-w {self.folder}"
+                f"{self.folder}: group or others may write to the folder of the"
+                f" {self._schema.title}; give it a folder of its own, or chmod go-w {self.folder}"
             )
 
     def _take(self, seen: Seen) -> Opened:
@@ -252,7 +239,8 @@ class SqliteFile:
         try:
             connection.execute("PRAGMA trusted_schema = OFF")
             connection.execute("PRAGMA foreign_keys = ON")
-            connection.execute("PRAGMA synchronous = FULL")
+            durable = self._schema.durable
+            connection.execute(f"PRAGMA synchronous = {'FULL' if durable else 'NORMAL'}")
             connection.execute("PRAGMA secure_delete = ON")
             self._migrate(connection)
             with suppress(sqlite3.OperationalError):  # somebody else is at it just now
@@ -268,30 +256,32 @@ class SqliteFile:
         return Opened(connection, seen, row[0])
 
     def _migrate(self, connection: sqlite3.Connection) -> None:
-        if self._steps_done(connection) == len(_MIGRATIONS):
+        steps = self._schema.steps
+        if self._steps_done(connection) == len(steps):
             return
         with transaction(connection):
             done = self._steps_done(connection)
-            for statement in (line for step in _MIGRATIONS[done:] for line in step):
+            for statement in (line for step in steps[done:] for line in step):
                 connection.execute(statement)
             if done == 0:
                 connection.execute(
                     "INSERT INTO meta (name, value) VALUES ('id', ?)", (secrets.token_bytes(16),)
                 )
-            connection.execute(f"PRAGMA application_id = {_APPLICATION_ID}")
-            connection.execute(f"PRAGMA user_version = {len(_MIGRATIONS)}")
+            connection.execute(f"PRAGMA application_id = {self._schema.application_id}")
+            connection.execute(f"PRAGMA user_version = {len(steps)}")
 
     def _steps_done(self, connection: sqlite3.Connection) -> int:
         # In this order, since another process may make the tables and their marks in between.
         tables = connection.execute("SELECT 1 FROM sqlite_master").fetchone()
-        ours = connection.execute("PRAGMA application_id").fetchone()[0] == _APPLICATION_ID
-        if tables and not ours:
-            raise ConfigError(f"{self.path}: not an accounts database of Popdrop")
+        mark = connection.execute("PRAGMA application_id").fetchone()[0]
+        if tables and mark != self._schema.application_id:
+            raise ConfigError(f"{self.path}: no {self._schema.title} of Popdrop")
         done: int = connection.execute("PRAGMA user_version").fetchone()[0]
-        if done > len(_MIGRATIONS):
+        known = len(self._schema.steps)
+        if done > known:
             raise ConfigError(
                 f"{self.path}: made by a newer Popdrop (schema {done}, this one knows"
-                f" {len(_MIGRATIONS)}); use the newer one"
+                f" {known}); use the newer one"
             )
         return done
 
