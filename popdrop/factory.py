@@ -16,7 +16,7 @@ from twisted.internet.task import deferLater
 
 from popdrop.accepting import Complaint
 from popdrop.deadlines import Deadlines
-from popdrop.interfaces import IAnswers, ISessionLog, IThrottle
+from popdrop.interfaces import IAnswers, IRelayWindow, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
 from popdrop.ops.gate import Gate
 from popdrop.policy import Policy, Timing
@@ -42,9 +42,9 @@ class POP3Factory(ServerFactory):
     yields to a new one of its account. `holders` are the logged-in sessions by account, over all
     listeners of a service; `ask_others` asks other processes, which know of more, to let a session
     of this account yield so. `answers` are the accounts, for mechanisms that ask before the login;
-    `None` where no such mechanism is offered. `gate` are the access rules. `proxied`: our own
-    address is another for each connection, as its PROXY header says. `emptied` is called when the
-    last connection is gone and done with.
+    `None` where no such mechanism is offered. `gate` are the access rules, `relay` is told of
+    logins. `proxied`: our own address is another for each connection, as its PROXY header says.
+    `emptied` is called when the last connection is gone and done with.
     """
 
     protocol: Callable[[], POP3Protocol] = POP3Protocol  # type: ignore[assignment]
@@ -71,9 +71,11 @@ class POP3Factory(ServerFactory):
         ask_others: Callable[[bytes], None] | None = None,
         answers: IAnswers | None = None,
         gate: Gate | None = None,
+        relay: IRelayWindow | None = None,
     ) -> None:
         self.portal = portal
         self.answers = answers
+        self.relay = relay
         self.policy = policy
         self.throttle = throttle
         self.session_log = session_log

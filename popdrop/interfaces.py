@@ -13,12 +13,21 @@ from twisted.cred.credentials import ICredentials
 from zope.interface import Attribute, Interface
 
 if TYPE_CHECKING:
+    from twisted.internet.defer import Deferred
     from twisted.internet.interfaces import IAddress
 
     from popdrop.accounts.rows import AppPassword
     from popdrop.listing import Listing
     from popdrop.sasl import Query
-    from popdrop.values import Account, Owner, ScramVerifier, Secret, SessionRecord, Source
+    from popdrop.values import (
+        Account,
+        Owner,
+        PeerFacts,
+        ScramVerifier,
+        Secret,
+        SessionRecord,
+        Source,
+    )
 
 
 class IStore(Interface):
@@ -242,6 +251,16 @@ class IThrottle(Interface):
 
     def leave(peer: IAddress) -> None:
         """The connection that `admit` let in is gone."""
+
+
+class IRelayWindow(Interface):
+    """POP-before-SMTP: whoever has logged in may relay mail for a while."""
+
+    def open_for(peer: PeerFacts, account: bytes) -> Deferred[None] | None:
+        """After a login: fires when the MTA knows of it. Never fails.
+
+        `None`: nothing is opened for such a client, or there is nothing to wait for.
+        """
 
 
 class ISessionLog(Interface):

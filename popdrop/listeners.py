@@ -230,8 +230,34 @@ def from_parent(
     return Listener(text, scheme, tls, trusted_address, certificates)
 
 
-def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListeningPort]:
-    """Listen; fails with `ConfigError` when the address cannot be had."""
+def for_this_machine(reactor: object, option: str, text: str) -> Listener:
+    """A listener for programs of this machine alone: loopback, or a Unix socket.
+
+    `option` is what the user has typed. Raises `ConfigError`.
+    """
+    spec = parse(option, text)
+    scheme = spec.kind.lower()
+    if scheme not in ("tcp", "tcp6", "unix"):
+        raise ConfigError(f"{option}: {scheme}: is not for this; use unix:PATH or tcp:PORT")
+    if scheme != "unix":
+        interface = spec.kwargs.get("interface", "")
+        if _family(interface) is None or not interface or not ip_address(interface).is_loopback:
+            loopback = "127.0.0.1" if scheme == "tcp" else "\\:\\:1"
+            raise ConfigError(
+                f"{option}: others could reach it, too; add :interface={loopback}, or use unix:PATH"
+            )
+        return _tcp(reactor, option, text, scheme, spec)
+    return Listener(text, scheme, _twisteds(reactor, option, scheme, text), trusted_address=False)
+
+
+def listen(
+    listener: Listener, factory: IProtocolFactory, option: str = ""
+) -> Deferred[IListeningPort]:
+    """Listen; fails with `ConfigError` when the address cannot be had.
+
+    `option` is what the user has typed, `--listen` and the string by default.
+    """
+    option = option or f"--listen {listener.text}"
 
     def explain(failure: Failure) -> Failure:
         problem = failure.value
@@ -240,7 +266,7 @@ def listen(listener: Listener, factory: IProtocolFactory) -> Deferred[IListening
             return failure
         words = cause.strerror or str(cause)
         hint = HINTS.get(cause.errno or 0, "see the string for --listen in the manual")
-        told = ConfigError(f"--listen {listener.text}: cannot listen: {words}; {hint}")
+        told = ConfigError(f"{option}: cannot listen: {words}; {hint}")
         return Failure(told)  # type: ignore[no-untyped-call]
 
     return listener.endpoint.listen(factory).addCallbacks(prompt, explain)

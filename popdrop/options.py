@@ -22,6 +22,8 @@ SHORTEST_IDLE: Final = 600
 MOST_WORKERS: Final = 32
 """Half of the processes that may share a table of the throttle's: a new one may come before the
 place of a dead one is found to be free."""
+MOST_MINUTES: Final = 1440
+"""Of `--relay-minutes`: after a day an address is anybody's."""
 DEFAULT_STORE: Final = "mbox:/var/mail/{user}"
 _HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?").fullmatch
 
@@ -99,6 +101,18 @@ def _number(option: str) -> Callable[[str], int]:
         return int(text)
 
     return known
+
+
+def _minutes(text: str) -> float:
+    if not re.fullmatch(r"[0-9]{1,4}(\.[0-9]{1,3})?", text) or not 0 < float(text) <= MOST_MINUTES:
+        raise ValueError(f"--relay-minutes takes a number up to {MOST_MINUTES}, as 2")
+    return float(text)
+
+
+def _bits(text: str) -> int:
+    if text not in ("64", "128"):
+        raise ValueError("--relay-ipv6 takes 64 or 128")
+    return int(text)
 
 
 def _workers(text: str) -> int:
@@ -203,6 +217,20 @@ class Options(AuthOptionMixin, usage.Options):
         ["grace", None, 30.0, "Seconds for commands in progress at a stop.", _seconds("grace")],
         ["hosts-allow", None, None, "Its file for --tcp-wrappers. [/etc/hosts.allow]"],
         ["hosts-deny", None, None, "Its file for --tcp-wrappers. [/etc/hosts.deny]"],
+        [
+            "relay-minutes",
+            None,
+            None,
+            "Minutes for which a login lets its client relay, see --relay. [2]",
+            _minutes,
+        ],
+        [
+            "relay-ipv6",
+            None,
+            None,
+            "Bits of an IPv6 address that are one client for --relay: 128 or 64. [128]",
+            _bits,
+        ],
         ["metrics", None, None, "A file for the ends of certificates, as Prometheus reads it."],
         ["popauth-socket", None, None, "Unix socket where users set their own APOP secret."],
         ["hostname", None, None, "This server's name. [the machine's]"],
@@ -216,6 +244,7 @@ class Options(AuthOptionMixin, usage.Options):
         "allow-net",
         "deny-net",
         "trusted-proxies",
+        "relay",
     )
 
     def __init__(self) -> None:
@@ -284,6 +313,10 @@ class Options(AuthOptionMixin, usage.Options):
         """Only these addresses and networks, with commas, may send PROXY headers. Repeatable."""
         self["trusted-proxies"].append(text)
 
+    def opt_relay(self, text: str) -> None:
+        """Let clients relay after a login: socketmap:ENDPOINT, tcp-table:ENDPOINT, file:PATH."""
+        self["relay"].append(text)
+
     def opt_version(self) -> None:
         """Print Popdrop's version."""
         sys.stdout.write(f"Popdrop {popdrop.__version__}\n")
@@ -312,8 +345,13 @@ class Options(AuthOptionMixin, usage.Options):
             )
         if self["workers"] and self["demo"]:
             raise usage.UsageError("--demo serves from one process; leave --workers out")
-        for name in ("hosts-allow", "hosts-deny"):
-            if self[name] is not None and not self["tcp-wrappers"]:
-                raise usage.UsageError(f"--{name} is given without --tcp-wrappers; add it")
+        for name, needed in (
+            ("hosts-allow", "tcp-wrappers"),
+            ("hosts-deny", "tcp-wrappers"),
+            ("relay-minutes", "relay"),
+            ("relay-ipv6", "relay"),
+        ):
+            if self[name] is not None and not self[needed]:
+                raise usage.UsageError(f"--{name} is given without --{needed}; add it")
         if self["hostname"] is not None and not _HOSTNAME(self["hostname"]):
             raise usage.UsageError(f"--hostname {self['hostname']}: not a host name")

@@ -39,7 +39,7 @@ from popdrop.certs import tls_facts
 from popdrop.credentials import FAILED, Cleartext, Credentials
 from popdrop.deadlines import Deadlines, Place
 from popdrop.errors import BadCredentials, PopdropError, TemporaryFailure
-from popdrop.interfaces import IAnswers, IMaildrop, ISessionLog, IThrottle
+from popdrop.interfaces import IAnswers, IMaildrop, IRelayWindow, ISessionLog, IThrottle
 from popdrop.listeners import peer_facts
 from popdrop.policy import Mind, Policy, Timing
 from popdrop.sasl import CHANNEL_BINDING, Query
@@ -108,6 +108,7 @@ class Home(typing.Protocol):
 
     portal: Portal
     answers: IAnswers | None
+    relay: IRelayWindow | None
     policy: Policy
     throttle: IThrottle
     session_log: ISessionLog
@@ -829,13 +830,7 @@ class POP3Protocol(Protocol):
             ticket.close(outcome)
         mechanism = credentials.mechanism
         if outcome == "good":
-            self._drop = drop
-            self.factory.holders[self._account] = self
-            self._mechanism = mechanism
-            self._verified = True
-            reply = self._session.opened(drop.listing, self._read_only)
-            self._record("login", "ok", mechanism)
-            self.transport.write(reply)
+            await self._logged_in(drop, mechanism)
             return
         self._verified = False
         self._quit_user()
@@ -859,6 +854,22 @@ class POP3Protocol(Protocol):
             self._hang_up(answer.farewell, answer.reason)
         else:
             self.transport.write(answer)
+
+    async def _logged_in(self, drop: IMaildrop, mechanism: str) -> None:
+        self._drop = drop
+        self.factory.holders[self._account] = self
+        self._mechanism = mechanism
+        self._verified = True
+        reply = self._session.opened(drop.listing, self._read_only)
+        self._record("login", "ok", mechanism)
+        relay = self.factory.relay
+        # A read-only login is for a program that sends nothing (decision 28).
+        if relay is not None and not self._read_only:
+            # The MTA knows before the client is told that it is in: it may send mail at once.
+            known = relay.open_for(self._facts, self._account)
+            if known is not None:
+                await known
+        self.transport.write(reply)
 
     async def _opened(self, credentials: Credentials) -> IMaildrop:
         mind = Mind(

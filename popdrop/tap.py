@@ -62,7 +62,7 @@ from popdrop.interfaces import (
     IStoreFactory,
 )
 from popdrop.inthreads import InThreads
-from popdrop.ops import metrics
+from popdrop.ops import grants, metrics, relay
 from popdrop.ops.gate import HOSTS_ALLOW, HOSTS_DENY, Gate
 from popdrop.options import Options, machine_name
 from popdrop.places import default_state_dir
@@ -81,6 +81,7 @@ from popdrop.realm import Realm
 from popdrop.sasl import MECHANISMS
 from popdrop.spec import parse, quoted
 from popdrop.threads import Pool
+from popdrop.values import Network
 from popdrop.workers import Handed, Workers
 
 log = Logger()
@@ -305,33 +306,52 @@ class Popdrop(Service):
         answers = self._answers()
         timing = Timing(options["login-timeout"], options["idle-timeout"])
         self._gate = self._access()
+        self._relay = relay.from_options(
+            options,
+            reactor,
+            self._lookup_pool,
+            self.state_dir,
+            self._proxies(),
+            leads=self._handed is None,
+        )
         for number, listener in enumerate(self._parsed_listeners()):
+            own = self._policy_of(number, listener, policy)
             self._listeners.append(listener)
-            self._factories.append(
-                POP3Factory(
-                    portal,
-                    self._policy_of(number, listener, policy),
-                    self._throttle,
-                    self._session_log,
-                    reactor,
-                    timing=timing,
-                    tls=tls,
-                    implicit_tls=listener.implicit_tls,
-                    trusted_address=listener.trusted_address,
-                    proxied=listener.scheme == "haproxy",
-                    emptied=self._end if listener.scheme == "stdio" else None,
-                    listener=listener.text,
-                    proof_key=self._throttle.proof_key,
-                    takeover=options["takeover"],
-                    holders=self._holders,
-                    ask_others=self._ask_others,
-                    answers=answers,
-                    gate=self._gate,
-                )
-            )
+            self._factories.append(self._factory(listener, own, portal, tls, timing, answers))
         self._refuse_root()
         if self._leads:
             self._table = throttle.common_table(options["throttle"])
+
+    def _factory(
+        self,
+        listener: listeners.Listener,
+        policy: Policy,
+        portal: Portal,
+        tls: object | None,
+        timing: Timing,
+        answers: Answers,
+    ) -> POP3Factory:
+        return POP3Factory(
+            portal,
+            policy,
+            self._throttle,
+            self._session_log,
+            self._reactor,
+            timing=timing,
+            tls=tls,
+            implicit_tls=listener.implicit_tls,
+            trusted_address=listener.trusted_address,
+            proxied=listener.scheme == "haproxy",
+            emptied=self._end if listener.scheme == "stdio" else None,
+            listener=listener.text,
+            proof_key=self._throttle.proof_key,
+            takeover=self._options["takeover"],
+            holders=self._holders,
+            ask_others=self._ask_others,
+            answers=answers,
+            gate=self._gate,
+            relay=self._relay,
+        )
 
     def _make_counts_and_logs(self) -> None:
         options, reactor = self._options, self._reactor
@@ -567,14 +587,14 @@ class Popdrop(Service):
     def _self_made(self) -> str:
         return certs.self_made(self.state_dir, self.hostname)
 
+    def _proxies(self) -> tuple[Network, ...]:
+        texts = self._options["trusted-proxies"]
+        return tuple(each for text in texts for each in networks("--trusted-proxies", text))
+
     def _parsed_listeners(self) -> list[listeners.Listener]:
         texts = self._options["listen"]
         self._default_listeners = not texts
-        proxies = tuple(
-            each
-            for text in self._options["trusted-proxies"]
-            for each in networks("--trusted-proxies", text)
-        )
+        proxies = self._proxies()
         if self._handed is not None:
             return [
                 listeners.from_parent(self._reactor, text, self._keyring, number, trusted, proxies)
@@ -743,6 +763,8 @@ class Popdrop(Service):
         """Let go of what was made for a service that is not to be started."""
         for database in self._databases:
             database.close()
+        if self._relay is not None:
+            self._relay.close()
         self._session_log.close()
         self._throttle.close()
         if self._table is not None:
@@ -758,6 +780,7 @@ class Popdrop(Service):
         _allow_many_files()
         _leave_no_core()
         self._listen()
+        self._open_doors()
         self._start_helper()
         self._hand_over()
 
@@ -807,6 +830,17 @@ class Popdrop(Service):
             log.error("{why}", why=str(port.value))
             raise StartError(f"popdrop: {port.value}")
 
+    def _open_doors(self) -> None:
+        """For the MTA, which asks who may relay."""
+        if self._relay is None:
+            return
+        try:
+            self._relay.listen()
+        except ConfigError as error:
+            self._let_go_of_ports()
+            log.error("{why}", why=str(error))
+            raise StartError(f"popdrop: {error}") from None
+
     def _end(self) -> None:
         """The one session that inetd has started this process for is over."""
         if all(listener.scheme == "stdio" for listener in self._listeners):
@@ -821,6 +855,8 @@ class Popdrop(Service):
             if IListeningPort.providedBy(port):
                 port.stopListening()
         self._ports = []
+        if self._relay is not None:
+            self._relay.close_doors()
 
     def _hand_over(self) -> None:
         """Give what root has just made to the user that twistd will become, and nothing else."""
@@ -865,6 +901,7 @@ class Popdrop(Service):
         }
         names.add(os.path.basename(self._throttle.path))
         names |= {os.path.basename(each.path) + e for each in self._databases for e in ENDINGS}
+        names |= {grants.NAME + ending for ending in ENDINGS}
         return set(os.listdir(self.state_dir)) <= names
 
     def _check_folder(self, uid: int) -> None:
@@ -880,6 +917,7 @@ class Popdrop(Service):
         super().startService()  # type: ignore[no-untyped-call]
         self._check_rights()
         self._listen()
+        self._open_doors()
         self._start_helper()
         if self._leads:
             self._start_workers()
@@ -892,6 +930,8 @@ class Popdrop(Service):
         gc.set_threshold(GARBAGE_OBJECTS)
         for pool in self._pools:
             pool.start()
+        if self._relay is not None:
+            self._relay.start()
         if self._tidy is not None and self._handed is None:
             self._store_pool.run(self._tidy).addErrback(
                 lambda failure: log.failure("tidying up failed", failure=failure)
@@ -1037,6 +1077,8 @@ class Popdrop(Service):
             self._looking.stop()
         ports = [port for port in self._ports if IListeningPort.providedBy(port)]
         await gatherResults([maybeDeferred(port.stopListening) for port in ports])
+        if self._relay is not None:
+            await self._relay.close_doors()
         grace = self._options["grace"]
         if self._workers is not None:
             await self._workers.stop(grace)

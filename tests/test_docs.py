@@ -52,8 +52,8 @@ _BLOCK = re.compile(
     r"(?:(?P<fence>```)|(?P<indent> *)\.\. code-block:: )(?P<language>\w+)\n",
     re.MULTILINE,
 )
-_LITERAL = re.compile(r"`(--[a-z][a-z-]*)")
-_OPTION_ROLE = re.compile(r":option:`(--[a-z-]+) <twistd popdrop (--[a-z-]+)>`")
+_LITERAL = re.compile(r"`(--[a-z][a-z0-9-]*)")
+_OPTION_ROLE = re.compile(r":option:`(--[a-z0-9-]+) <twistd popdrop (--[a-z0-9-]+)>`")
 
 ELSEWHERE = {"--ssl-reqd"}
 """Options that the text names and that are curl's or another plugin's."""

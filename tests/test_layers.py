@@ -25,6 +25,7 @@ _TABLE = """
 9   tap
 8   workers demo factory
 7   protocol realm options accounts.strcred
+7   ops.relay
 6   inthreads legacy throttle record listeners accounts.checkers ops.*
 6   stores.mbox.fsck
 6   accounts.oidc
@@ -38,9 +39,9 @@ _TABLE = """
 3   sasl policy selfmade config accounts.schema
 3   stores.mbox.locks stores.mbox.recent stores.mbox.journal stores.mbox.index
 3   stores.mbox.kinds stores.mbox.identity stores.mbox.marks
-3  accounts.tokens ops.access
+3  accounts.tokens ops.access ops.grants
 5  ops.names
-2  credentials wire spec sqlitefile accounts.keys sharedcounts
+2  credentials wire spec sqlitefile accounts.keys sharedcounts ops.maps
 2   stores.template stores.mbox.lengths stores.mbox.mmdf stores.mbox.spool stores.mbox.dotlockfile
 2   stores.mbox.folders
 1   interfaces accounts.secrets accounts.scram accounts.rows accounts.foreign
@@ -48,6 +49,7 @@ _TABLE = """
 1   stores.uidlform stores.mbox.status
 0   stores.uidl stores.mbox.spans stores.mbox.search
 1   inherited
+0   ops.wholefile
 0   errors listing values places sending asowner notify accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot

@@ -12,6 +12,7 @@ from popdrop.cli.apppasswords import app_password
 from popdrop.cli.fsck import fsck
 from popdrop.cli.imports import export_accounts, import_accounts
 from popdrop.cli.popauth import popauth
+from popdrop.cli.relay import relay
 from popdrop.cli.show import list_accounts, show_account
 from popdrop.cli.user import user
 from popdrop.errors import ConfigError, PopdropError
@@ -43,4 +44,5 @@ for command in (list_accounts, show_account, app_password, import_accounts, expo
     user.add_command(command)
 popdrop.add_command(fsck)
 popdrop.add_command(popauth)
+popdrop.add_command(relay)
 popdrop.add_command(user)

@@ -7,11 +7,11 @@ https://prometheus.io/docs/instrumenting/exposition_formats/. The end of certifi
 from __future__ import annotations
 
 import os
-import secrets
 from collections.abc import Iterable
-from contextlib import suppress
 
 from twisted.logger import Logger
+
+from popdrop.ops import wholefile
 
 log = Logger()
 
@@ -43,7 +43,7 @@ def _escaped(value: str) -> str:
 
 
 class MetricsFile:
-    """The file `path`, which is replaced as a whole: a reader never sees half of it."""
+    """The file `path`, replaced as a whole."""
 
     def __init__(self, path: str) -> None:
         self.path = path
@@ -54,16 +54,9 @@ class MetricsFile:
         """Have the file say `text`. Blocking; a failure is logged once."""
         if text == self._written and os.path.exists(self.path):
             return
-        draft = f"{self.path}.{secrets.token_hex(8)}"
         try:
-            descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o644)
-            with open(descriptor, "w", encoding="utf-8") as file:
-                file.write(text)
-            os.chmod(draft, 0o644)
-            os.rename(draft, self.path)
+            wholefile.put(self.path, text)
         except OSError as error:
-            with suppress(OSError):
-                os.unlink(draft)
             why = error.strerror or str(error)
             if why != self._failed:
                 log.error(

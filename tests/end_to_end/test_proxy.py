@@ -36,7 +36,7 @@ def where(host: str, port: int) -> str:
 class HAProxy:
     """A real HAProxy on ports of the kernel's choice: for each a server's port and its words.
 
-    It listens at `host`, and reaches the servers at `behind`.
+    It listens at `host`, and reaches the servers at `behind`. `bind` are words about its clients.
     """
 
     def __init__(
@@ -45,6 +45,7 @@ class HAProxy:
         *servers: tuple[int, str],
         host: str = "127.0.0.1",
         behind: str = "127.0.0.1",
+        bind: str = "",
     ) -> None:
         if HAPROXY is None:
             raise SkipTest("needs the Debian package haproxy")
@@ -55,7 +56,8 @@ class HAProxy:
         doors = [socket.create_server((host, 0), family=family) for _ in servers]
         self.ports = [door.getsockname()[1] for door in doors]
         for door, (port, words) in zip(doors, servers, strict=True):
-            lines += [f"listen at{port}{words.replace(' ', '')}", f" bind fd@{door.fileno()}"]
+            lines += [f"listen at{port}{words.replace(' ', '')}"]
+            lines += [f" bind fd@{door.fileno()} {bind}"]
             lines += [f" server popdrop {where(behind, port)} {words}"]
         path = case.folder.path / "haproxy.cfg"
         path.write_text("\n".join(lines) + "\n")
