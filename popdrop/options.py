@@ -198,6 +198,13 @@ class Options(AuthOptionMixin, usage.Options):
             _seconds("lock-timeout"),
         ],
         ["idle-timeout", None, 600.0, "Seconds, after login.", _seconds("idle-timeout")],
+        [
+            "write-timeout",
+            None,
+            300.0,
+            "Seconds for which a client may leave its answers unread.",
+            _seconds("write-timeout"),
+        ],
         ["login-timeout", None, 60.0, "Seconds from connect to login.", _seconds("login-timeout")],
         [
             "takeover",

@@ -304,7 +304,7 @@ class Popdrop(Service):
         self._make_counts_and_logs()
         portal = self._portal(checkers, kinds, policy)
         answers = self._answers()
-        timing = Timing(options["login-timeout"], options["idle-timeout"])
+        timing = Timing(options["login-timeout"], options["idle-timeout"], options["write-timeout"])
         self._gate = self._access()
         self._relay = relay.from_options(
             options,

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from tests.crash.strace import Strace
 from tests.descriptors import descriptors
 from tests.end_to_end.harness import DEADLINE, Twistd, mail
 from tests.end_to_end.test_server import TLS, ServerCase, Wire
@@ -166,6 +167,15 @@ class UnreadTests(LimitCase):
             wire.reset()
         self.whole_session(names[0].decode())
         self.assertNotIn("Traceback", server.stop())
+
+    def test_it_ends(self) -> None:
+        """After `--write-timeout` seconds; his maildrop is free again."""
+        self.folder.spool("bob", mail(1) + mail(2, b"y\n" * 3_000_000))
+        server = self.serve("--cleartext", "always", "--write-timeout", "1")
+        wire = self.log_in()
+        wire.send(b"RETR 2\r\n" * 10)  # more than all buffers take
+        server.wait_for(r"end user=\"bob\".* reason=write-timeout")
+        self.whole_session()
 
     def test_a_thousand_answers_in_order(self) -> None:
         """Messages from disk beside lines from memory: nothing overtakes."""
@@ -368,6 +378,23 @@ class DescriptorTests(LimitCase):
         log = server.stop()
         self.assertNotIn("Traceback", log)
         self.assertEqual(len(re.findall("EMFILE", log)), 1, log)
+
+    def test_none_left_in_the_system(self) -> None:
+        """As when the whole machine has none, or no memory: who has come waits, and is served."""
+        server = self.serve("--cleartext", "always")
+        for name in ("ENFILE", "ENOBUFS", "ENOMEM"):
+            output = self.folder.path / name
+            fault = f"accept4:error={name}:when=1..2"
+            trace = Strace(output, server.process.pid, ["accept4"], fault)
+            wire = self.wire()
+            self.assertTrue(wire.line().startswith(b"+OK"))
+            failed = [name in call.text for call in trace.calls()]
+            self.assertEqual(failed[:3], [True, True, False])
+            wire.send(b"QUIT\r\n")
+            wire.rest()
+        log = server.stop()
+        self.assertNotIn("Traceback", log)
+        self.assertEqual(len(re.findall("ENFILE|ENOBUFS|ENOMEM", log)), 1, log)
 
     def test_none_left_for_a_maildrop(self) -> None:
         """A login that cannot open its maildrop is told to try again, and nothing is left open."""

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import poplib
+import re
 import shutil
 import socket
 import ssl
 import struct
 import subprocess
+from pathlib import Path
 from typing import Any
 
 from twisted.trial.unittest import SkipTest
@@ -141,6 +143,27 @@ class HAProxyTests(ServerCase):
         ended = [each for each in self.records() if each["event"] == "end"]
         self.assertEqual([each["address"] for each in ended], [CLIENT] * 4)
         self.assertEqual([each["port"] for each in ended], mine)
+
+    def test_two_files(self) -> None:
+        """`haproxy:ssl:`, certificate and key apart, as `haproxy:tls:`."""
+        pair = Path(certs.self_made(str(self.folder.state), "localhost"))
+        parts = re.findall(r"(?s)-----BEGIN.*?-----END[^\n]*\n", pair.read_text())
+        for part in parts:
+            name = "key" if "KEY" in part else "cert"
+            (self.folder.state / f"{name}.pem").write_text(part)
+            (self.folder.state / f"{name}.pem").chmod(0o600)
+        keys = f"privateKey={self.folder.state}/key.pem:certKey={self.folder.state}/cert.pem"
+        log = ("--session-log", f"json:{self.folder.path}/log")
+        server = self.serve(*PROXIES, *log, listen=(f"haproxy:ssl:0:{keys}:interface=127.0.0.1",))
+        proxy = HAProxy(self, (server.port, "send-proxy"), (server.port, "send-proxy-v2"))
+        for port in proxy.ports:
+            client = SecureClient("127.0.0.1", port, timeout=DEADLINE, context=self.context())
+            client.user("bob")
+            client.pass_("hunter2")
+            client.quit()
+        server.stop()
+        ended = [each for each in self.records() if each["event"] == "end"]
+        self.assertEqual([each["address"] for each in ended], [CLIENT] * 2)
 
     def test_on_ipv6(self) -> None:
         """The proxy on IPv6 too, for clients on IPv6 and on IPv4: not its address counts."""

@@ -202,6 +202,12 @@ def processors(pid: int) -> dict[str, set[int]]:
     return {thread: os.sched_getaffinity(int(thread)) for thread in os.listdir(f"/proc/{pid}/task")}
 
 
+def listed(text: str) -> set[int]:
+    """The processors of a list as 0-2,4 (cpuset(7), "List format")."""
+    ranges = [each.partition("-") for each in text.split(",")]
+    return {n for first, _, last in ranges for n in range(int(first), int(last or first) + 1)}
+
+
 class Kept(Twistd):
     """On the first two processors at most, of those this process may run on."""
 
@@ -212,8 +218,8 @@ class Kept(Twistd):
 
 
 class ProcessorTests(WorkerCase):
-    def _serve(self) -> None:
-        options = ("--workers", str(self.workers))
+    def _serve(self, *more: str) -> None:
+        options = ("--workers", str(self.workers), *more)
         self.server = Kept(self, self.folder, *options)
         self.pids = children(self.server.process.pid)
 
@@ -235,6 +241,25 @@ class ProcessorTests(WorkerCase):
             self.assertTrue(nicer)
         self.assertEqual(sorted(found), Kept.allowed)
         self.assertEqual(os.sched_getaffinity(self.server.process.pid), set(Kept.allowed))
+
+    def test_programs_that_verify_run_on_any(self) -> None:
+        """And the threads that wait for them, which start them."""
+        self.workers = len(Kept.allowed)
+        seen = self.folder.path / "seen"
+        seen.mkdir()
+        program = self.folder.path / "checkpassword"
+        words = "grep Cpus_allowed_list /proc/self/status"
+        program.write_text(f"#!/bin/sh\n{words} >{seen}/$$ && {words} <&3 >/dev/null\nexit 1\n")
+        program.chmod(0o755)
+        self._serve("--auth", f"checkpassword:{program}")
+        for pid in self.pids:
+            client = self.client_at(pid)
+            client.user("user0")
+            self.assertRaises(poplib.error_proto, client.pass_, "hunter2")
+        found = [each.read_text().split()[1] for each in seen.iterdir()]
+        self.assertEqual(len(found), self.workers)
+        for text in found:
+            self.assertEqual(listed(text), set(Kept.allowed))
 
     def test_a_new_one_has_the_place_of_the_old(self) -> None:
         self.workers = len(Kept.allowed)
