@@ -645,7 +645,9 @@ class Popdrop(Service):
         if factory is None:
             kinds = ", ".join(sorted(factories)) or "none: is Popdrop installed?"
             raise ConfigError(f"--store {text}: no such kind; known are: {kinds}")
-        store = factory.make(self._reactor, self.state_dir, *spec.args, **spec.kwargs)
+        store: Any = factory.make(self._reactor, self.state_dir, *spec.args, **spec.kwargs)
+        if getattr(store, "opening", "") == "auto":
+            store.opening = "helper" if self._helper_could_open(store) else "direct"
         if getattr(store, "opening", "direct") != "direct":
             self._let_helper_open(store)
         self._store_folders = getattr(store, "folders", ())
@@ -658,6 +660,23 @@ class Popdrop(Service):
                 self._options["lock-timeout"],
             )
         return cast("IStore", store)
+
+    def _helper_could_open(self, store: Any) -> bool:
+        """Whether a spool that is its user's alone can be had from a helper that there is anyway.
+
+        Which has root's rights and has verified all logins itself: by default it is asked then
+        (decision 17). Nothing changes for spools that the server may open.
+        """
+        if self._handed is not None:
+            return self._helper is not None and self._helper.opens_spools
+        parent: Any = self._options.parent or {}
+        return bool(
+            os.geteuid() == 0
+            and parent.get("uid")
+            and self._options["auth"]
+            and all(text.partition(":")[0] == "helper" for text in self._options["auth"])
+            and store.suits_helper
+        )
 
     def _let_helper_open(self, store: Any) -> None:
         """`open=helper`: have the helper open the spools that the server has no right to."""

@@ -147,7 +147,7 @@ class OptionTests(SynchronousTestCase):
         self.addCleanup(shutil.rmtree, folder)
         path = f"{folder}/{{user}}"
         for words, text in (
-            ({"open": "yes"}, "must be direct, helper or helper-all"),
+            ({"open": "yes"}, "must be auto, direct, helper or helper-all"),
             ({"open": "helper", "owner": "any"}, "owner=any"),
         ):
             error = self.assertRaises(ConfigError, MboxFactory().make, None, folder, path, **words)

@@ -239,6 +239,11 @@ class HelperProcess:
             return fail(TemporaryFailure(NOT_NOW, "the helper has not been started"))
         return self.current.ask(request)
 
+    @property
+    def opens_spools(self) -> bool:
+        """Whether it opens spools for this process, which was started by another."""
+        return self.current is not None and self.current.spools is not None
+
     def open_spool(self, name: bytes) -> int | None:
         """As `SpoolSlot.open`, over the slot of this process; from any thread but the reactor's."""
         slot = self.current

@@ -77,7 +77,7 @@ class OpenHelperTests(SynchronousTestCase):
 
     def serve(self, *options: str, opening: str = "helper") -> Server | None:
         """`None` without root's rights: then it has said that it needs them."""
-        store = f"mbox:{self.spools}/{{user}}:open={opening}"
+        store = f"mbox:{self.spools}/{{user}}" + (f":open={opening}" if opening else "")
         server = self.kind(self, self.folder, "--store", store, *(options or self.helped))
         if not ROOT:
             self.assertIsNotNone(server.wait_for("the helper needs root's rights; start as root"))
@@ -157,6 +157,25 @@ class OpenHelperTests(SynchronousTestCase):
                 client.dele(number)
             client.quit()
         self.assertEqual([path.read_bytes() for path in paths], [b""] * 3)
+
+    def test_by_default(self) -> None:
+        """Where root starts it and the helper verifies all logins: nothing need be said."""
+        if not ROOT:
+            self.serve()
+            return
+        spool = self.spool("u70001", UIDS[0], mail(1))
+        server = self.serve(opening="")
+        assert server is not None
+        client = self.login(server, "u70001")
+        client.dele(1)
+        client.quit()
+        self.assertEqual(spool.read_bytes(), b"")
+        server.stop()
+        # With another --auth beside it the helper does not know of all logins.
+        self.spool("u70002", UIDS[1], mail(1))
+        server = self.serve(*self.helped, "--auth", f"accounts:{self.folder.accounts}", opening="")
+        assert server is not None
+        self.assertTrue(self.refused(server, "u70002").startswith(b"-ERR [SYS/PERM]"))
 
     def test_without_it(self) -> None:
         """The same by `open=direct`: refused, so that the helper is what makes it possible."""

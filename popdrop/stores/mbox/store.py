@@ -35,8 +35,9 @@ from popdrop.values import Owner
 
 log = Logger()
 
-OPENINGS: Final = ("direct", "helper", "helper-all")
-"""Values of `open=`: nobody; the privileged helper, those whose login it has verified; or all."""
+OPENINGS: Final = ("auto", "direct", "helper", "helper-all")
+"""Values of `open=`: `helper` where that can be, else `direct`; nobody; the privileged helper,
+those whose login it has verified; or all."""
 
 
 def recover(
@@ -120,7 +121,8 @@ class MboxStore:
         self.spaced = bare_cr == "space"
         if opening not in OPENINGS:
             raise ConfigError(f"open={opening}: must be {_or(OPENINGS)}")
-        if opening != "direct" and (owner == "any" or "{home}" in template):
+        self.suits_helper = owner != "any" and "{home}" not in template
+        if opening in ("helper", "helper-all") and not self.suits_helper:
             what = "owner=any" if owner == "any" else "{home}"
             raise ConfigError(
                 f"open={opening}: not with {what}: the helper opens a spool for one user, in a"
@@ -366,7 +368,7 @@ class MboxFactory:
             max_octets=_count("max-octets", kwargs),
             bare_cr=kwargs.get("bare-cr", "keep"),
             journal_dir=kwargs.get("journal-dir", ""),
-            opening=kwargs.get("open", "direct"),
+            opening=kwargs.get("open", "auto"),
         )
 
 
