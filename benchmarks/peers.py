@@ -19,7 +19,7 @@ from pathlib import Path
 import popdrop
 from benchmarks import tools
 from benchmarks.process import Failed, free_port, start, stop, wait_for_greeting, wait_for_port
-from popdrop.stores.mbox import search
+from popdrop import search
 
 
 def _servant() -> tuple[int, int] | None:

@@ -225,8 +225,8 @@ class ThreadedDrop:
         # Looked at behind the read: what was written before it would show.
         if block is None or len(block) < wanted or not source.unchanged():
             return None
-        if lines is None and not (source.strip or source.unquote):
-            return as_stored(block, source.spaced)
+        if lines is None and not source.strip:
+            return as_stored(block, source.unquote, source.spaced)
         outgoing = Outgoing(source.strip, source.unquote, lines, source.spaced)
         out = outgoing.feed(block)
         if wanted == source.length or outgoing.finished:

@@ -11,6 +11,8 @@ import re
 from functools import lru_cache
 from typing import Final
 
+from popdrop import search
+
 COMMAND_LIMIT: Final = 255
 """Octets of a command line with its CRLF (RFC 2449 section 4)."""
 
@@ -119,7 +121,10 @@ def number(word: bytes) -> int | None:
     return int(word) if _NUMBER(word) else None
 
 
-_DOT = re.compile(rb"\n\.").search  # 1.7 times as fast as `in` on mail without such lines
+_find: Final = search.IN_USE.find
+_FEW: Final = 16
+"""Lines that are changed one by one. More, and all that are left are changed by one call: it goes
+through the message twice, but a mail full of them is no burden."""
 _QUOTED = re.compile(rb"\n>(?=>*From )")  # without a group: a mail full of them is no burden
 _QUOTED_FIRST = re.compile(rb">(>*From )").match
 _QUOTED_TAIL = re.compile(rb"(?:\A|\n)(>+(?:F(?:r(?:o(?:m)?)?)?)?)\Z")
@@ -139,16 +144,53 @@ def _fields(names: frozenset[bytes]) -> re.Pattern[bytes]:
 _FOLDED = re.compile(rb"(?:[ \t].*(?:\n|\Z))*").match
 
 
-def as_stored(message: bytes, spaced: bool = False) -> bytes:
-    """What `Outgoing().whole` makes of a message of which nothing is left out, in fewer steps."""
+def _dotted(data: bytes) -> bytes:
+    """Lines that begin with a dot get another one; the first line does not."""
+    place = _find(data, b"\n.", 0, len(data))
+    if place < 0:
+        return data
+    parts: list[bytes] = []
+    start = 0
+    while place >= 0 and len(parts) < _FEW:
+        parts.append(data[start : place + 2])
+        start = place + 1
+        place = _find(data, b"\n.", start, len(data))
+    rest = data[start:]
+    parts.append(rest if place < 0 else rest.replace(b"\n.", b"\n.."))
+    return b"".join(parts)
+
+
+def _unquoted(message: bytes) -> bytes:
+    """Lines `>From `, `>>From ` of a whole message lose one `>`."""
+    place = _find(message, b">From ", 0, len(message))
+    if place < 0:
+        return message
+    parts: list[bytes] = []
+    start = 0
+    for _ in range(_FEW):
+        line = message.rfind(b"\n", 0, place) + 1
+        if not message[line:place].strip(b">"):
+            parts.append(message[start:line])
+            start = line + 1
+        place = _find(message, b">From ", place + 1, len(message))
+        if place < 0:
+            break
+    rest = message[start:]
+    parts.append(rest if place < 0 else _QUOTED.sub(b"\n", rest))
+    return b"".join(parts)
+
+
+def as_stored(message: bytes, unquote: bool = False, spaced: bool = False) -> bytes:
+    """What `Outgoing.whole` makes of a message of which no line is left out, in fewer steps."""
     if b"\r" in message:
         message = message.replace(b"\r\n", b"\n")
         if spaced:
             message = message.replace(b"\r", b" ")
+    if unquote:
+        message = _unquoted(message)
     if message[:1] == b".":
         message = b"." + message
-    if _DOT(message):
-        message = message.replace(b"\n.", b"\n..")
+    message = _dotted(message)
     end = b"\n.\n" if message[-1:] not in (b"", b"\n") else b".\n"
     return (message + end).replace(b"\n", b"\r\n")
 
@@ -335,7 +377,5 @@ class Outgoing:
             return b""
         first = self._line_start and data[0] == 0x2E
         self._line_start = data[-1] == 0x0A
-        if _DOT(data):
-            data = data.replace(b"\n.", b"\n..")
-        data = data.replace(b"\n", b"\r\n")
+        data = _dotted(data).replace(b"\n", b"\r\n")
         return b"." + data if first else data

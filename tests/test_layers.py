@@ -47,7 +47,7 @@ _TABLE = """
 1   interfaces accounts.secrets accounts.scram accounts.rows accounts.foreign
 1   stores.mbox.scan stores.mbox.findings
 1   stores.uidlform stores.mbox.status
-0   stores.uidl stores.mbox.spans stores.mbox.search
+0   stores.uidl stores.mbox.spans search
 1   inherited
 0   ops.wholefile
 0   errors listing values places sending asowner notify accounts.dbmfiles accounts.webclient

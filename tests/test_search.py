@@ -17,8 +17,8 @@ from hypothesis import strategies as st
 from twisted.logger import LogEvent, formatEvent, globalLogPublisher
 from twisted.trial.unittest import SynchronousTestCase
 
-from popdrop.stores.mbox import search
-from popdrop.stores.mbox.search import Search
+from popdrop import search
+from popdrop.search import Search
 from popdrop.stores.mbox.store import MboxStore
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -52,13 +52,13 @@ class WaysTests(SynchronousTestCase):
         parts=st.lists(
             st.one_of(
                 st.sampled_from(
-                    [b"From ", b"Fro", b"F" * 70, b"\n", b"\r\n", b"\n\x01\x01\x01\x01"]
+                    [b"From ", b"Fro", b"F" * 70, b"\n", b"\r\n", b"\n.", b"\n\x01\x01\x01\x01"]
                 ),
                 st.binary(max_size=90),
             ),
             max_size=30,
         ),
-        needle=st.sampled_from([b"From ", b"\n", b"\r\n", b"\n\x01\x01\x01\x01"]),
+        needle=st.sampled_from([b"From ", b"\n", b"\r\n", b"\n.", b"\n\x01\x01\x01\x01"]),
         data=st.data(),
     )
     def test_all_find_the_same(
@@ -75,6 +75,8 @@ class WaysTests(SynchronousTestCase):
         for way in WAYS:
             self.assertEqual(way.places(octets, needle, start, end), wanted, way.name)
             self.assertEqual(way.count(octets, needle, start, end), len(wanted), way.name)
+            first = wanted[0] if wanted else -1
+            self.assertEqual(way.find(octets, needle, start, end), first, way.name)
 
 
 class ChoiceTests(SynchronousTestCase):
@@ -156,7 +158,8 @@ class ChoiceTests(SynchronousTestCase):
         """What a new interpreter chooses after that statement."""
         program = (
             f"import sys; {first}\n"
-            "from popdrop.stores.mbox import kinds, search\n"
+            "from popdrop import search\n"
+            "from popdrop.stores.mbox import kinds\n"
             "print(f'{search.IN_USE.name}: {search.IN_USE.fault}', end='')"
         )
         run = subprocess.run(

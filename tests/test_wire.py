@@ -186,17 +186,58 @@ def reference(stored: bytes, strip: frozenset[bytes], unquote: bool, lines: int 
     return text.replace(b"\n", b"\r\n") + b".\r\n"
 
 
+def by_lines(stored: bytes, unquote: bool, spaced: bool) -> bytes:
+    """A message as sent, in as many words as the rules have."""
+    stored = stored.replace(b"\r\n", b"\n")
+    if spaced:
+        stored = stored.replace(b"\r", b" ")
+    rows = stored.split(b"\n")
+    if not rows[-1]:
+        rows.pop()
+    if unquote:
+        rows = [row[1:] if re.match(rb">+From ", row) else row for row in rows]
+    rows = [b"." + row if row.startswith(b".") else row for row in rows]
+    return b"".join(row + b"\r\n" for row in [*rows, b"."])
+
+
 def send(pieces: list[bytes], *args: object) -> bytes:
     outgoing = Outgoing(*args)  # type: ignore[arg-type]
     return b"".join([outgoing.feed(piece) for piece in pieces]) + outgoing.end()
 
 
 class OutgoingTests(SynchronousTestCase):
-    @settings(deadline=None, max_examples=500)
-    @given(st.lists(st.sampled_from([b"\n", b"\r", b".", b"a", b"\r\n", b"\n."])).map(b"".join))
-    def test_the_short_way_gives_the_same(self, stored: bytes) -> None:
-        self.assertEqual(as_stored(stored), Outgoing().whole(stored))
-        self.assertEqual(as_stored(stored, True), Outgoing(spaced=True).whole(stored))
+    @settings(deadline=None, max_examples=1000)
+    @given(
+        st.lists(
+            st.sampled_from(
+                [b"\n", b"\r", b".", b"a", b"\r\n", b"\n.", b">", b"\n>From ", b"From "]
+            )
+        ).map(b"".join),
+        st.sampled_from([1, 2, 20]),
+        st.booleans(),
+        st.booleans(),
+    )
+    def test_the_short_way_gives_the_same(
+        self, stored: bytes, times: int, unquote: bool, spaced: bool
+    ) -> None:
+        """Also where there is more to change than is changed piece by piece."""
+        stored *= times
+        whole = send([stored], frozenset(), unquote, None, spaced)
+        self.assertEqual(as_stored(stored, unquote, spaced), whole)
+        self.assertEqual(whole, by_lines(stored, unquote, spaced))
+
+    def test_many_dots_and_quotes(self) -> None:
+        """Those that are changed one by one, and those that are left then."""
+        for count in (15, 16, 17, 40):
+            stored = b".\n>From a\n>>From >From b\n" * count
+            sent = b"..\r\nFrom a\r\n>From >From b\r\n" * count + b".\r\n"
+            self.assertEqual(as_stored(stored, unquote=True), sent)
+            self.assertEqual(Outgoing(unquote=True).whole(stored), sent)
+            self.assertEqual(as_stored(b".\n" * count), b"..\r\n" * count + b".\r\n")
+            self.assertEqual(
+                as_stored(b"> >From a\n" * count + b">From b", unquote=True),
+                b"> >From a\r\n" * count + b"From b\r\n.\r\n",
+            )
 
     def test_dots(self) -> None:
         """A dot at every line start is doubled, at the first octet too (RFC 1939 section 3)."""

@@ -19,7 +19,7 @@ import re
 from typing import Final
 from zlib import crc32
 
-from popdrop.stores.mbox import search
+from popdrop import search
 from popdrop.stores.mbox.spans import FIELDS, QUOTED, Spans
 from popdrop.stores.uidl import EMPTY_LINE, FIELD, FIELD_OR_END, STRIPPED, HeaderCut, as_sent
 

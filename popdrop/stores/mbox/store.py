@@ -16,9 +16,9 @@ from typing import Final
 from twisted.logger import Logger
 from zope.interface import implementer
 
+from popdrop import search
 from popdrop.errors import Busy, ConfigError, PopdropError, TemporaryFailure
 from popdrop.interfaces import IBlockingStore, IStoreFactory
-from popdrop.stores.mbox import search
 from popdrop.stores.mbox.drop import NO_FOLDER, TRY_LATER, MboxDrop, is_missing, told
 from popdrop.stores.mbox.folders import former, private_folder, remember
 from popdrop.stores.mbox.index import Indexes

@@ -1,8 +1,8 @@
-"""Finding and counting octets in a block of a spool. Pure.
+"""Finding and counting octets in a block of a spool, or in a message. Pure.
 
 The standard library does it; stringzilla (`pip install popdrop[fast]`) does the same with vector
-instructions, six times as fast, which halves the time of a scan. `IN_USE` is what
-scanners take when they are made.
+instructions, six times as fast, which halves the time of a scan and takes a twentieth from RETR.
+`IN_USE` is what scanners take when they are made.
 """
 
 from __future__ import annotations
@@ -11,14 +11,18 @@ import importlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import lru_cache
 from types import ModuleType
 from typing import Final
 
 Count = Callable[[bytes, bytes, int, int], int]
 """How often the second stands in the first between two offsets."""
 
+Find = Callable[[bytes, bytes, int, int], int]
+"""The same, but where first; -1: nowhere."""
+
 Places = Callable[[bytes, bytes, int, int], list[int]]
-"""The same, but where: ascending, and none overlaps another."""
+"""The same, but where each time: ascending, and none overlaps another."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,17 +31,27 @@ class Search:
 
     name: str
     count: Count
+    find: Find
     places: Places
     fault: str = ""
 
 
+@lru_cache(maxsize=16)
+def _pattern(octets: bytes) -> re.Pattern[bytes]:
+    # Two octets are found in 0.6 of the time of `bytes.find`.
+    return re.compile(re.escape(octets))
+
+
+def _find(buffer: bytes, octets: bytes, start: int, end: int) -> int:
+    found = _pattern(octets).search(buffer, start, end)
+    return -1 if found is None else found.start()
+
+
 def _places(buffer: bytes, octets: bytes, start: int, end: int) -> list[int]:
-    # A pattern is found faster than by `bytes.find`, and `re` keeps those it has compiled.
-    found = re.compile(re.escape(octets)).finditer(buffer, start, end)
-    return [each.start() for each in found]
+    return [each.start() for each in _pattern(octets).finditer(buffer, start, end)]
 
 
-STANDARD: Final = Search("standard library", bytes.count, _places)
+STANDARD: Final = Search("standard library", bytes.count, _find, _places)
 """What is always there."""
 
 
@@ -53,12 +67,21 @@ def fast(library: ModuleType) -> Search:
             place = find(buffer, octets, place + len(octets), end)
         return found
 
-    return Search(f"{library.__name__} {library.__version__}", count, places)
+    return Search(f"{library.__name__} {library.__version__}", count, find, places)
 
 
 # Long enough for every width of vectors, with all octets, and a match across each border.
 _SAMPLE: Final = b"".join(b"%c\n>From \n\nFrom x\x00" % octet for octet in range(256))
-_NEEDLES: Final = (b"\n", b"\r\n", b"From ", b"\n\x01\x01\x01\x01", b"\x00\x01", b"nothing")
+_NEEDLES: Final = (
+    b"\n",
+    b"\r\n",
+    b"From ",
+    b"\n\x01\x01\x01\x01",
+    b"\n.",
+    b">From ",
+    b"\x00\x01",
+    b"nothing",
+)
 
 
 def agrees(one: Search, other: Search) -> bool:
@@ -67,6 +90,7 @@ def agrees(one: Search, other: Search) -> bool:
     bounds += [(start, len(_SAMPLE) - 7 * start) for start in range(1, 80, 13)]
     return all(
         one.count(_SAMPLE, needle, start, end) == other.count(_SAMPLE, needle, start, end)
+        and one.find(_SAMPLE, needle, start, end) == other.find(_SAMPLE, needle, start, end)
         and one.places(_SAMPLE, needle, start, end) == other.places(_SAMPLE, needle, start, end)
         for needle in _NEEDLES
         for start, end in bounds
@@ -90,7 +114,7 @@ def choose(name: str = "stringzilla") -> Search:
 
 
 def _standard(fault: str) -> Search:
-    return Search(STANDARD.name, STANDARD.count, STANDARD.places, fault)
+    return Search(STANDARD.name, STANDARD.count, STANDARD.find, STANDARD.places, fault)
 
 
 IN_USE = choose()
