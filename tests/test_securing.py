@@ -6,6 +6,7 @@ import contextlib
 import os
 import socket
 import ssl
+from itertools import pairwise
 from typing import Any
 
 from OpenSSL import SSL
@@ -13,12 +14,13 @@ from twisted.internet import reactor
 from twisted.internet.defer import Deferred
 from twisted.internet.error import ConnectionDone, ConnectionLost
 from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.testing import StringTransport
 from twisted.internet.threads import deferToThread
 from twisted.python.failure import Failure
-from twisted.trial.unittest import TestCase
+from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from popdrop.certs import Certificates
-from popdrop.securing import TLSFactory
+from popdrop.securing import RECORD, PromptTLS, TLSFactory
 from tests.test_certs import TIMEOUT, certbot, client_context
 
 BULK = 4_000_000
@@ -112,6 +114,26 @@ class SecuringTests(TestCase):
         self.assertEqual(await deferToThread(talk), b"+OK\r\nbye\r\n")
         self.assertIsInstance(await self.reason(), ConnectionDone)
 
+    async def test_long_writes(self) -> None:
+        """In whole records and in order, whatever the length is."""
+        sizes = (1, RECORD - 1, RECORD, RECORD + 1, 5 * RECORD, 100_003)
+        parts = [os.urandom(size) for size in sizes]
+        whole = b"".join(parts)
+
+        def answer(speaker: Speaker, data: bytes) -> None:
+            for part in parts:
+                speaker.transport.write(part)
+
+        def talk() -> bytes:
+            with self.client() as client, client.makefile("rwb") as lines:
+                lines.readline()
+                lines.write(b"more\r\n")
+                lines.flush()
+                return lines.read(len(whole))
+
+        self.factory.answer = answer
+        self.assertTrue(await deferToThread(talk) == whole)
+
     async def test_a_client_that_leaves_behind_our_end(self) -> None:
         """Without its own, as most do: the session has ended well."""
 
@@ -189,3 +211,65 @@ class SecuringTests(TestCase):
         self.assertIn(True, speakers[0].paused)
         self.assertFalse(speakers[0].paused[-1])
         await self.reason()
+
+
+class Sealing:
+    """An OpenSSL that takes so many records, each sealed by brackets, and then no more."""
+
+    def __init__(self, takes: int, then: SSL.Error) -> None:
+        self.takes, self.then = takes, then
+        self.sealed = b""
+
+    def send(self, octets: bytes) -> int:
+        if not self.takes:
+            raise self.then
+        self.takes -= 1
+        self.sealed += b"[%b]" % octets
+        return len(octets)
+
+    def bio_read(self, size: int) -> bytes:
+        out, self.sealed = self.sealed[:size], self.sealed[size:]
+        if not out:
+            raise SSL.WantReadError
+        return out
+
+
+class WritingTests(SynchronousTestCase):
+    """What becomes of a write that OpenSSL takes in part."""
+
+    def setUp(self) -> None:
+        self.transport = StringTransport()
+        self.tls = PromptTLS(ServerFactory(), Protocol())  # type: ignore[no-untyped-call]
+        self.tls.transport = self.transport
+        self.tls._appSendBuffer = []
+        self.tls._handshakeDone = True
+        self.octets = os.urandom(3 * RECORD + 5)
+
+    def write(self, takes: int, then: SSL.Error) -> Sealing:
+        connection = Sealing(takes, then)
+        self.tls._tlsConnection = connection  # type: ignore[assignment]
+        self.tls.write(self.octets)
+        return connection
+
+    def sealed(self, *cuts: int) -> bytes:
+        return b"".join(b"[%b]" % self.octets[a:b] for a, b in pairwise(cuts))
+
+    def test_what_waits_goes_out_later_in_order(self) -> None:
+        """A record that waits for the client is neither lost nor sent twice."""
+        for takes in range(5):
+            self.transport.clear()
+            connection = self.write(takes, SSL.WantReadError())
+            cuts = [0, RECORD, 2 * RECORD, 3 * RECORD, len(self.octets)]
+            self.assertEqual(self.transport.value(), self.sealed(*cuts[: takes + 1]))
+            connection.takes = 9
+            self.tls._unbufferPendingWrites()  # type: ignore[no-untyped-call]
+            self.assertEqual(self.transport.value(), self.sealed(*cuts))
+            self.assertEqual(self.tls._appSendBuffer, [])
+
+    def test_an_error_ends_it(self) -> None:
+        """What was sealed before is sent, and nothing behind it."""
+        self.write(2, SSL.Error([("", "", "wrong")]))
+        self.assertEqual(self.transport.value(), self.sealed(0, RECORD, 2 * RECORD))
+        self.assertTrue(self.transport.disconnecting)
+        self.tls.write(b"more")
+        self.assertEqual(self.transport.value(), self.sealed(0, RECORD, 2 * RECORD))
