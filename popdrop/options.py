@@ -350,6 +350,8 @@ class Options(AuthOptionMixin, usage.Options):
                 f"--idle-timeout {self['idle-timeout']:g}: RFC 1939 wants {SHORTEST_IDLE} s at"
                 " least; add --allow-short-idle to have it all the same"
             )
+        if self["write-timeout"] < 1:
+            raise usage.UsageError("--write-timeout: nobody reads as fast; write 1 or more")
         if self["workers"] and self["demo"]:
             raise usage.UsageError("--demo serves from one process; leave --workers out")
         for name, needed in (

@@ -240,7 +240,7 @@ class POP3Protocol(Protocol):
         self._session = Session(
             factory.challenge(), factory.policy, factory.implicit_tls, factory.nonce
         )
-        self._place = factory.deadlines.put(self, factory.timing.login)
+        self._wait(factory.timing.login)
         factory.protocols.add(self)
         if factory.stopping or not self._admit():
             self._turn_away()
@@ -426,7 +426,7 @@ class POP3Protocol(Protocol):
             limit, since = timing.idle, self._progress
         left = since + limit - now
         if left > 0:
-            self._place = self.factory.deadlines.put(self, left)
+            self._wait(left)
             return
         if self._closing or self._choked:
             self._reason = self._reason if self._closing else "write-timeout"
@@ -434,6 +434,11 @@ class POP3Protocol(Protocol):
             return
         # No farewell: RFC 1939 section 3 wants the connection closed without a response.
         self._hang_up(b"", "idle-timeout" if self._session.logged_in else "login-timeout")
+
+    def _wait(self, seconds: float) -> None:
+        """Be called then, or earlier: in time for a client that stops reading from now on."""
+        timing = self.factory.timing
+        self._place = self.factory.deadlines.put(self, min(seconds, timing.write))
 
     def _rearm(self) -> None:
         """Be called in time for a limit that is nearer than the one that is waited for."""

@@ -16,7 +16,7 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop.errors import TemporaryFailure
 from popdrop.factory import LOGINS_A_TURN, TURN_SECONDS
-from popdrop.policy import Folding, Policy
+from popdrop.policy import Folding, Policy, Timing
 from popdrop.protocol import CLOSE_GRACE, STOP_HANDSHAKE_GRACE, UNREAD_LIMIT, POP3Protocol
 from popdrop.session import BAD_BEFORE_LOGIN
 from popdrop.values import Account, Owner, Scope, Secret
@@ -490,6 +490,20 @@ class LimitTests(SynchronousTestCase):
         self.assertFalse(transport.disconnecting)
         server.clock.advance(1.1)
         self.assertTrue(transport.disconnecting)
+
+    def test_write_timeout(self) -> None:
+        """From the last progress on, whenever the client has stopped reading."""
+        for when in (0, 3, 70, 301, 599):
+            server = Server(timing=Timing(write=100))
+            protocol, transport = server.logged_in()
+            for _ in range(when):
+                server.clock.advance(1)
+            protocol.dataReceived(b"NOOP\r\n")
+            protocol.pauseProducing()
+            server.clock.pump([1] * 99)
+            self.assertFalse(transport.disconnected, when)
+            server.clock.pump([1] * 2)
+            self.assertTrue(transport.disconnected, when)
 
     def test_idle_timeout(self) -> None:
         """Ten minutes without a command; nothing is answered and nothing deleted (RFC 1939 3)."""

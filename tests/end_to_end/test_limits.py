@@ -169,7 +169,7 @@ class UnreadTests(LimitCase):
         self.assertNotIn("Traceback", server.stop())
 
     def test_it_ends(self) -> None:
-        """After `--write-timeout` seconds; his maildrop is free again."""
+        """Once `--write-timeout` is over; his maildrop is free again."""
         self.folder.spool("bob", mail(1) + mail(2, b"y\n" * 3_000_000))
         server = self.serve("--cleartext", "always", "--write-timeout", "1")
         wire = self.log_in()
