@@ -262,10 +262,13 @@ def listen(
     def explain(failure: Failure) -> Failure:
         problem = failure.value
         cause = problem.socketError if isinstance(problem, CannotListenError) else problem
-        if not isinstance(cause, OSError):
+        if not isinstance(problem, CannotListenError | OSError):
             return failure
-        words = cause.strerror or str(cause)
-        hint = HINTS.get(cause.errno or 0, "see the string for --listen in the manual")
+        words = getattr(cause, "strerror", None) or str(cause)
+        code = getattr(cause, "errno", None) or 0
+        if "lock" in words and not code:
+            code = errno.EADDRINUSE  # Twisted's words where a Unix socket is another server's
+        hint = HINTS.get(code, "see the string for --listen in the manual")
         told = ConfigError(f"{option}: cannot listen: {words}; {hint}")
         return Failure(told)  # type: ignore[no-untyped-call]
 

@@ -14,6 +14,7 @@ from twisted.python import usage
 
 import popdrop
 from popdrop.inthreads import LOCK_TIMEOUT
+from popdrop.ops.grants import LONGEST
 from popdrop.policy import APOP_USERS, CLEARTEXT, STLS, WORDINGS
 from popdrop.sasl import MECHANISMS
 
@@ -22,8 +23,7 @@ SHORTEST_IDLE: Final = 600
 MOST_WORKERS: Final = 32
 """Half of the processes that may share a table of the throttle's: a new one may come before the
 place of a dead one is found to be free."""
-MOST_MINUTES: Final = 1440
-"""Of `--relay-minutes`: after a day an address is anybody's."""
+MOST_MINUTES: Final = int(LONGEST / 60)
 DEFAULT_STORE: Final = "mbox:/var/mail/{user}"
 _HOSTNAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9.-]{0,253}[A-Za-z0-9])?").fullmatch
 

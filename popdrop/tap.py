@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Collection
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from ipaddress import ip_address
 from typing import Any, Final, cast
 
@@ -646,9 +647,8 @@ class Popdrop(Service):
             kinds = ", ".join(sorted(factories)) or "none: is Popdrop installed?"
             raise ConfigError(f"--store {text}: no such kind; known are: {kinds}")
         store: Any = factory.make(self._reactor, self.state_dir, *spec.args, **spec.kwargs)
-        if getattr(store, "opening", "") == "auto":
-            store.opening = "helper" if self._helper_could_open(store) else "direct"
-        if getattr(store, "opening", "direct") != "direct":
+        opening = getattr(store, "opening", "direct")
+        if opening not in ("direct", "auto") or (opening == "auto" and self._helper_could(store)):
             self._let_helper_open(store)
         self._store_folders = getattr(store, "folders", ())
         if IBlockingStore.providedBy(store):
@@ -661,11 +661,11 @@ class Popdrop(Service):
             )
         return cast("IStore", store)
 
-    def _helper_could_open(self, store: Any) -> bool:
+    def _helper_could(self, store: Any) -> bool:
         """Whether a spool that is its user's alone can be had from a helper that there is anyway.
 
         Which has root's rights and has verified all logins itself: by default it is asked then
-        (decision 17). Nothing changes for spools that the server may open.
+        (decision 17). Nothing changes for spools that the server may read.
         """
         if self._handed is not None:
             return self._helper is not None and self._helper.opens_spools
@@ -813,12 +813,7 @@ class Popdrop(Service):
             uid, gid = os.geteuid(), os.getegid()
         elif gid is None:
             gid = pwd.getpwuid(uid).pw_gid  # as twistd does
-        try:
-            self._helper.start(uid, gid)
-        except ConfigError as error:
-            self._let_go_of_ports()
-            log.error("{why}", why=str(error))
-            raise StartError(f"popdrop: {error}") from None
+        self._or_end(partial(self._helper.start, uid, gid))
 
     def _listen(self) -> None:
         if self._ports:
@@ -851,12 +846,16 @@ class Popdrop(Service):
 
     def _open_doors(self) -> None:
         """For the MTA, which asks who may relay."""
-        if self._relay is None:
-            return
+        if self._relay is not None:
+            self._or_end(self._relay.listen)
+
+    def _or_end(self, work: Callable[[], None]) -> None:
+        """Do it, or end the program with one line, nothing left behind."""
         try:
-            self._relay.listen()
+            work()
         except ConfigError as error:
             self._let_go_of_ports()
+            self._forget_demo()
             log.error("{why}", why=str(error))
             raise StartError(f"popdrop: {error}") from None
 
@@ -894,8 +893,11 @@ class Popdrop(Service):
             for database in self._databases:
                 if os.path.dirname(database.path) == os.path.realpath(self.state_dir):
                     made += [database.path + ending for ending in ENDINGS]
-            # The folder last: until then nobody else can put anything there.
-            made += [self.state_dir] if self._made_state_dir or self._is_all_ours() else []
+            if self._made_state_dir or self._is_all_ours():
+                # Of an earlier start as root without --uid. The folder last: until then nobody else
+                # can put anything there.
+                for folder, _, names in os.walk(self.state_dir, topdown=False):
+                    made += [os.path.join(folder, name) for name in names] + [folder]
         for path in made:
             with suppress(FileNotFoundError):
                 give(path, uid, group)
@@ -937,6 +939,8 @@ class Popdrop(Service):
         self._check_rights()
         self._listen()
         self._open_doors()
+        if self._relay is not None:
+            self._or_end(self._relay.start)
         self._start_helper()
         if self._leads:
             self._start_workers()
@@ -949,8 +953,6 @@ class Popdrop(Service):
         gc.set_threshold(GARBAGE_OBJECTS)
         for pool in self._pools:
             pool.start()
-        if self._relay is not None:
-            self._relay.start()
         if self._tidy is not None and self._handed is None:
             self._store_pool.run(self._tidy).addErrback(
                 lambda failure: log.failure("tidying up failed", failure=failure)
@@ -1007,12 +1009,7 @@ class Popdrop(Service):
                 for one, processor in zip(each, processors, strict=True)
             ]
         self._workers = Workers(self._reactor, each)
-        try:
-            self._workers.start()
-        except ConfigError as error:
-            self._let_go_of_ports()
-            log.error("{why}", why=str(error))
-            raise StartError(f"popdrop: {error}") from None
+        self._or_end(self._workers.start)
 
     def _hung_up(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self.reload)

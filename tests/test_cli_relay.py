@@ -34,9 +34,13 @@ class RelayTests(CommandCase):
     def test_end(self) -> None:
         """By any form of the address, also where a whole /64 may relay."""
         grants = self.grants("192.0.2.7", "192.0.2.8", "2001:db8::/64", "2001:db8:1::7")
-        for text in ("::ffff:192.0.2.7", "2001:DB8::9", "2001:db8:1:0::7"):
+        for text, client in (
+            ("::ffff:192.0.2.7", "192.0.2.7"),
+            ("2001:DB8::9", "2001:db8::/64"),
+            ("2001:db8:1:0::7/128", "2001:db8:1::7"),
+        ):
             said = self.good("end", text, "--state-dir", self.folder).stdout
-            self.assertEqual(said, f"{text} may not relay any more.\n")
+            self.assertEqual(said, f"{client} may not relay any more.\n")
         self.assertEqual([grant.client for grant in grants.all()], ["192.0.2.8"])
         self.assertIn(
             "may not relay now", self.refused("end", "192.0.2.7", "--state-dir", self.folder)
@@ -46,6 +50,11 @@ class RelayTests(CommandCase):
         self.grants("2001:db8::/64")
         self.good("end", "2001:db8::/64", "--state-dir", self.folder)
         self.assertEqual([grant.client for grant in grants.all()], ["192.0.2.8"])
+        self.grants("192.0.2.7", "192.0.3.7", "2001:db8::/64")
+        said = self.good("end", "::ffff:192.0.2.0/120", "--state-dir", self.folder).stdout
+        self.assertEqual(len(said.splitlines()), 2)
+        left = [grant.client for grant in grants.all()]
+        self.assertEqual(left, ["192.0.3.7", "2001:db8::/64"])
 
 
 class TerminalTests(ChildCase):

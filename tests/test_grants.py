@@ -15,7 +15,16 @@ from twisted.trial.unittest import SynchronousTestCase
 
 from popdrop import sqlitefile
 from popdrop.errors import TemporaryFailure
-from popdrop.ops.grants import NAME, Grant, Grants, client_of, exim_map, may_be_granted
+from popdrop.ops.grants import (
+    ANY,
+    NAME,
+    Grant,
+    Grants,
+    Rules,
+    client_of,
+    exim_map,
+    may_be_granted,
+)
 from popdrop.policy import networks
 from popdrop.values import PeerFacts
 
@@ -87,6 +96,23 @@ class MayTests(SynchronousTestCase):
         self.assertFalse(self.may("192.0.2.7", trusted=False))
 
 
+class RulesTests(SynchronousTestCase):
+    def test_questions_too(self) -> None:
+        """A proxy in somebody's /64 may not relay although he may."""
+        rules = Rules(60.0, 64, networks("", "2001:db8::ff,192.0.2.0/28"))
+        for host, client in (
+            ("2001:db8::7", "2001:db8::/64"),
+            ("2001:db8::ff", None),
+            ("192.0.2.3", None),
+            ("::ffff:192.0.2.3", None),
+            ("192.0.2.33", "192.0.2.33"),
+            ("127.0.0.1", None),
+            ("fe80::1", None),
+            ("mail.example.org", None),
+        ):
+            self.assertEqual(rules.client(host), client, host)
+
+
 class GrantsCase(SynchronousTestCase):
     def setUp(self) -> None:
         self.folder = self.mktemp()
@@ -94,8 +120,8 @@ class GrantsCase(SynchronousTestCase):
         self.time = 1_000_000.0
         self.told: list[list[str]] = []
 
-    def open(self, publish: bool = False) -> Grants:
-        grants = Grants(self.folder, self.publish if publish else None, lambda: self.time)
+    def open(self, publish: bool = False, rules: Rules = ANY) -> Grants:
+        grants = Grants(self.folder, rules, self.publish if publish else None, lambda: self.time)
         self.addCleanup(grants.close)
         return grants
 
@@ -119,13 +145,45 @@ class GrantsTests(GrantsCase):
         self.time += 60
         self.assertFalse(grants.holds("192.0.2.7"))
 
-    def test_a_later_login_makes_it_longer_and_none_shorter(self) -> None:
+    def test_the_last_login_counts(self) -> None:
         grants = self.open()
         grants.add([self.grant("192.0.2.7", 300)])
-        grants.add([self.grant("192.0.2.7", 100, b"alice")])
-        self.assertEqual(grants.all(), [Grant("192.0.2.7", self.time + 300, b"alice")])
-        grants.add([self.grant("192.0.2.7", 500)])
-        self.assertEqual(grants.all(), [Grant("192.0.2.7", self.time + 500, b"bob")])
+        grants.add([self.grant("192.0.2.7", 500, b"alice")])
+        self.assertEqual(grants.all(), [Grant("192.0.2.7", self.time + 500, b"alice")])
+
+    def test_a_clock_that_was_ahead(self) -> None:
+        """As before NTP had set it: what was granted then opens nothing when it is right again."""
+        rules = Rules(120.0)
+        grants = self.open(publish=True, rules=rules)
+        self.time += 10 * 365 * 86_400
+        grants.add([self.grant("192.0.2.7"), self.grant("192.0.2.8")])
+        self.time -= 10 * 365 * 86_400
+        self.assertFalse(grants.holds("192.0.2.7"))
+        self.assertEqual(grants.all(), [])
+        self.assertFalse(grants.end("192.0.2.7"))
+        grants.add([self.grant("192.0.2.8")])
+        self.assertTrue(grants.holds("192.0.2.8"))
+        self.time += 120
+        self.assertFalse(grants.holds("192.0.2.8"))
+        grants.expire()
+        self.assertEqual(self.told[1:], [["192.0.2.8"], []])
+
+    def test_other_rules_than_at_the_last_start(self) -> None:
+        """A shorter window, another length of networks, a proxy more."""
+        old = self.open(rules=Rules(3600.0, 64))
+        clients = ["192.0.2.7", "192.0.2.8", "2001:db8::/64"]
+        old.add([self.grant(client, 3600) for client in clients])
+        for rules, left in (
+            (Rules(3600.0, 64), clients),
+            (Rules(3600.0, 64, networks("", "192.0.2.8")), ["192.0.2.7", "2001:db8::/64"]),
+            (Rules(3600.0, 128), ["192.0.2.7"]),
+            (Rules(60.0, 128), []),
+        ):
+            self.told.clear()
+            grants = self.open(publish=True, rules=rules)
+            grants.begin()
+            self.assertEqual(self.told, [left])
+            self.assertEqual([grant.client for grant in grants.all()], left)
 
     def test_another_process_and_a_restart_agree(self) -> None:
         first, second = self.open(), self.open()
@@ -136,6 +194,7 @@ class GrantsTests(GrantsCase):
         self.assertTrue(self.open().holds("192.0.2.7"))
 
     def test_many_threads(self) -> None:
+        self.patch(sqlitefile, "PATIENCE", 120.0)  # whatever else the machine does
         grants = self.open(publish=True)
 
         def work(number: int) -> None:
@@ -164,7 +223,7 @@ class GrantsTests(GrantsCase):
         grants.expire()
         grants.expire()
         grants.add([self.grant("192.0.2.9")])
-        grants.expire(publish=True)
+        grants.begin()
         self.assertEqual(
             self.told,
             [
@@ -220,6 +279,7 @@ class FileTests(GrantsCase):
     def test_unreadable_is_never_yes(self) -> None:
         grants = self.open()
         self.assertIn("the server makes one at its start with --relay", self.failure(grants))
+        self.assertIn(os.path.realpath(self.folder), self.failure(grants))
         path = os.path.join(self.folder, NAME)
         grants.add([self.grant("192.0.2.7")])
         grants.close()
@@ -266,4 +326,8 @@ class EximTests(SynchronousTestCase):
         self.assertEqual(rows, ["192.0.2.7: 1795000000", '"2001:db8::/64": 7'])
         self.assertTrue(text.endswith("\n"))
         self.assertNotIn("bob", text)
+        proxies = networks("", "192.0.2.1,2001:db8::ff")
+        text = exim_map([Grant("2001:db8::/64", 7.0, b"a")], proxies)
+        wanted = ["192.0.2.1/32: 0", '"2001:db8::ff/128": 0', '"2001:db8::/64": 7']
+        self.assertEqual(text.splitlines()[1:], wanted)
         self.assertEqual(ip_address(rows[0].partition(":")[0]).version, 4)

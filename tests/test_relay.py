@@ -6,6 +6,8 @@ import os
 from collections.abc import Callable
 from typing import Any
 
+from hypothesis import given
+from hypothesis import strategies as st
 from twisted.internet.address import IPv4Address
 from twisted.internet.defer import Deferred, maybeDeferred
 from twisted.internet.error import ConnectionDone
@@ -17,7 +19,7 @@ from zope.interface.verify import verifyObject
 from popdrop.errors import ConfigError, TemporaryFailure
 from popdrop.interfaces import IRelayWindow
 from popdrop.ops import maps, relay
-from popdrop.ops.grants import Grant, Grants
+from popdrop.ops.grants import Grant, Grants, Rules
 from popdrop.options import Options
 from popdrop.policy import Policy, networks
 from popdrop.values import Account, PeerFacts, Scope
@@ -67,12 +69,11 @@ class WindowCase(SynchronousTestCase):
         self.patch(relay.Complaint, "say", lambda _, text, **f: self.said.append(text.format(**f)))
 
     def window(self, publish: Any = None, **words: Any) -> relay.RelayWindow:
-        grants = Grants(self.folder, publish, self.clock.seconds)
+        rules = Rules(120.0, proxies=networks("", "203.0.113.0/24"))
+        grants = Grants(self.folder, rules, publish, self.clock.seconds)
         self.addCleanup(grants.close)
         pool: Any = self.threads
-        return relay.RelayWindow(
-            self.clock, pool, grants, 120.0, proxies=networks("", "203.0.113.0/24"), **words
-        )
+        return relay.RelayWindow(self.clock, pool, grants, **words)
 
 
 class LoginTests(WindowCase):
@@ -192,15 +193,63 @@ class TogetherTests(WindowCase):
         )
         self.assertEqual(window._grants.all()[4].account, b"alice")
 
-    def test_after_a_failure_the_next_are_written(self) -> None:
+    def test_after_a_failure_all_are_written(self) -> None:
+        """The login does not wait for it; with the next login, or by themselves."""
         window = self.window()
-        os.chmod(self.folder, 0o777)
+        for number in (1, 3):
+            os.chmod(self.folder, 0o777)
+            first = window.open_for(PeerFacts(f"192.0.2.{number}"), b"bob")
+            assert first is not None
+            self.successResultOf(first)
+            self.clock.advance(relay.AGAIN_SECONDS)
+            os.chmod(self.folder, 0o700)
+            if number == 1:
+                window.open_for(PeerFacts("192.0.2.2"), b"bob")
+            else:
+                self.clock.advance(relay.AGAIN_SECONDS)
+        found = [grant.client for grant in window._grants.all()]
+        self.assertEqual(found, ["192.0.2.1", "192.0.2.2", "192.0.2.3"])
+        self.assertEqual(self.clock.getDelayedCalls(), [])
+
+    def test_those_that_wait_are_bounded(self) -> None:
+        self.patch(relay, "MOST_WAITING", 2)
+        window = self.window()
+        self.threads.at_once = False
+        for number in range(1, 6):
+            window.open_for(PeerFacts(f"192.0.2.{number}"), b"bob")
+        self.threads.go()
+        self.threads.go()
+        found = [grant.client for grant in window._grants.all()]
+        self.assertEqual(found, ["192.0.2.1", "192.0.2.4", "192.0.2.5"])
+
+    def test_a_disk_that_does_not_answer(self) -> None:
+        """Logins wait for it for a while, and then no more; it is done when it answers."""
+        window = self.window()
+        self.threads.at_once = False
+        first = window.open_for(PeerFacts("192.0.2.1"), b"bob")
+        assert first is not None
+        self.clock.advance(relay.PATIENCE)
+        self.successResultOf(first)
+        self.clock.advance(0.1)
+        self.assertIsNone(window.open_for(PeerFacts("192.0.2.2"), b"bob"))
+        self.threads.go()
+        self.threads.go()
+        self.assertEqual(len(window._grants.all()), 2)
+
+    def test_a_pool_that_makes_no_thread(self) -> None:
+        window = self.window()
+
+        def run(*words: object) -> None:
+            raise RuntimeError("can't start new thread")
+
+        patch = self.patch(self.threads, "run", run)
         first = window.open_for(PeerFacts("192.0.2.1"), b"bob")
         assert first is not None
         self.successResultOf(first)
-        os.chmod(self.folder, 0o700)
-        window.open_for(PeerFacts("192.0.2.2"), b"bob")
-        self.assertEqual([grant.client for grant in window._grants.all()], ["192.0.2.2"])
+        self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
+        patch.restore()
+        self.clock.advance(relay.AGAIN_SECONDS)
+        self.assertEqual(len(window._grants.all()), 1)
 
     def test_expired_by_the_one_that_leads(self) -> None:
         told: list[list[str]] = []
@@ -235,8 +284,19 @@ class TogetherTests(WindowCase):
         self.assertEqual(os.listdir(os.path.dirname(path)), ["relay"])
 
 
+class Turns(Clock):
+    """Calls what is due by the turn, as the reactor does: what is new has to wait for the next."""
+
+    def turn(self) -> None:
+        for call in [each for each in self.calls if each.getTime() <= self.seconds()]:
+            self.calls.remove(call)
+            call.called = 1
+            call.func(*call.args, **call.kw)
+
+
 class TableCase(SynchronousTestCase):
     def setUp(self) -> None:
+        self.clock = Clock()
         self.asked: list[bytes] = []
         self.answers: list[Deferred[bool]] = []
         self.known = {b"192.0.2.7", b"2001:db8::7", b"a b"}
@@ -250,15 +310,24 @@ class TableCase(SynchronousTestCase):
     async def broken(self, key: bytes) -> bool:
         raise TemporaryFailure("out of order", "not for the wire")
 
-    def connect(
-        self, kind: type[maps.Socketmap] | type[maps.TcpTable], look: Any = None
-    ) -> tuple[Any, Transport]:
-        self.tables = maps.Tables(kind, look or self.look)
+    def connect(self, kind: type[maps.Asked], look: Any = None) -> tuple[Any, Transport]:
+        self.tables = maps.Tables(kind, look or self.look, self.clock)  # type: ignore[arg-type]
+        return self.another()
+
+    def another(self) -> tuple[Any, Transport]:
         protocol = self.tables.buildProtocol(PEER)
-        self.patch(protocol, "callLater", Clock().callLater)
         transport = Transport()
         protocol.makeConnection(transport)
         return protocol, transport
+
+    def say(self, protocol: Any, octets: bytes, turns: int = 10) -> bytes:
+        """What is answered within so many turns of the reactor."""
+        protocol.transport.clear()
+        protocol.dataReceived(octets)
+        self.clock.pump([0] * turns)
+        value = protocol.transport.value()
+        assert isinstance(value, bytes)
+        return value
 
 
 class TableTests(TableCase):
@@ -269,15 +338,12 @@ class TableTests(TableCase):
             (b"2001:db8::7", b"5:OK OK,"),
             (b"192.0.2.8", b"9:NOTFOUND ,"),
             (b"", b"9:NOTFOUND ,"),
+            (b"x" * 1000, b"9:NOTFOUND ,"),
             (b"\xff\xfe", b"9:NOTFOUND ,"),
         ):
             request = b"popdrop " + key
-            transport.clear()
-            protocol.dataReceived(b"%d:%b," % (len(request), request))
-            self.assertEqual(transport.value(), answer)
-        transport.clear()
-        protocol.dataReceived(b"7:popdrop,")
-        self.assertEqual(transport.value()[3:8], b"PERM ")
+            self.assertEqual(self.say(protocol, b"%d:%b," % (len(request), request)), answer)
+        self.assertFalse(transport.disconnecting)
 
     def test_tcp_table(self) -> None:
         protocol, transport = self.connect(maps.TcpTable)
@@ -288,118 +354,163 @@ class TableTests(TableCase):
             (b"get %32001%3adb8::7", b"200 OK\n"),
             (b"get \xff%fe%", b"500 not%20found\n"),
         ):
-            transport.clear()
-            protocol.dataReceived(request + b"\n")
-            self.assertEqual(transport.value(), answer, request)
-        for request in (b"put 192.0.2.9 OK", b"get", b"get ", b"", b"\xff\xff", b"GET 192.0.2.7"):
-            transport.clear()
-            protocol.dataReceived(request + b"\n")
-            self.assertEqual(transport.value()[:4], b"400 ", request)
+            self.assertEqual(self.say(protocol, request + b"\n"), answer, request)
         self.assertFalse(transport.disconnecting)
+
+    def test_what_postfix_would_not_say(self) -> None:
+        """It is told so, and the connection ends; what was asked before is answered."""
+        for kind, good, answer, bad in (
+            (
+                maps.Socketmap,
+                b"17:popdrop 192.0.2.7,",
+                b"5:OK OK,",
+                (b"7:popdrop,", b"0:,", b":,", b"01:x,", b"x", b"9:popdrop x;", b"99999", b"1025:"),
+            ),
+            (
+                maps.TcpTable,
+                b"get 192.0.2.7\n",
+                b"200 OK\n",
+                (b"put 192.0.2.9 OK\n", b"get\n", b"get \n", b"\n", b"\xff\n", b"GET x\n"),
+            ),
+        ):
+            for request in (*bad, b"g" * (maps.REQUEST_OCTETS + 1)):
+                protocol, transport = self.connect(kind)
+                said = self.say(protocol, good + request + good)
+                self.assertEqual(said, answer + kind.BAD, request)
+                self.assertTrue(transport.disconnecting)
+
+    def test_lengths_are_true(self) -> None:
+        for kind in (maps.Socketmap.FOUND, maps.Socketmap.NOT_FOUND, maps.Socketmap.NOT_NOW):
+            length, _, rest = kind.partition(b":")
+            self.assertEqual(int(length), len(rest) - 1, kind)
+            self.assertTrue(rest.endswith(b","))
+        length, _, rest = maps.Socketmap.BAD.partition(b":")
+        self.assertEqual(int(length), len(rest) - 1)
 
     def test_one_octet_at_a_time(self) -> None:
         for kind, request, answer in (
             (maps.Socketmap, b"17:popdrop 192.0.2.7,", b"5:OK OK,"),
             (maps.TcpTable, b"get 192.0.2.7\n", b"200 OK\n"),
         ):
+            protocol, _ = self.connect(kind)
+            for octet in request[:-1]:
+                self.assertEqual(self.say(protocol, bytes([octet])), b"")
+            self.assertEqual(self.say(protocol, request[-1:]), answer)
+
+    @given(st.lists(st.binary(max_size=20), max_size=5), st.integers(1, 30))
+    def test_any_keys_in_any_pieces(self, keys: list[bytes], size: int) -> None:
+        """What is asked is what was said, whatever the octets and wherever the reads end."""
+        for kind in (maps.Socketmap, maps.TcpTable):
+            self.asked.clear()
+            socketmap = kind is maps.Socketmap
+            keys = [key for key in keys if key or socketmap]
+            requests = [
+                b"%d:m %b," % (2 + len(key), key)
+                if socketmap
+                else b"get %b\n" % b"".join(b"%%%02x" % octet for octet in key)
+                for key in keys
+            ]
+            whole = b"".join(requests)
             protocol, transport = self.connect(kind)
-            for octet in request:
-                self.assertEqual(transport.value(), b"")
-                protocol.dataReceived(bytes([octet]))
-            self.assertEqual(transport.value(), answer)
+            for start in range(0, len(whole), size):
+                protocol.dataReceived(whole[start : start + size])
+            self.clock.pump([0] * 10)
+            self.assertEqual(self.asked, keys)
+            self.assertFalse(transport.disconnecting)
 
     def test_trouble_is_no_answer(self) -> None:
         """Never yes, never no, and nothing of why."""
-        protocol, transport = self.connect(maps.Socketmap, self.broken)
-        protocol.dataReceived(b"17:popdrop 192.0.2.7,")
-        self.assertEqual(transport.value(), b"20:TEMP try again later,")
-        protocol, transport = self.connect(maps.TcpTable, self.broken)
-        protocol.dataReceived(b"get 192.0.2.7\n")
-        self.assertEqual(transport.value(), b"400 try%20again%20later\n")
+        protocol, _ = self.connect(maps.Socketmap, self.broken)
+        said = self.say(protocol, b"17:popdrop 192.0.2.7,")
+        self.assertEqual(said, b"20:TEMP try again later,")
+        protocol, _ = self.connect(maps.TcpTable, self.broken)
+        self.assertEqual(self.say(protocol, b"get 192.0.2.7\n"), b"400 try%20again%20later\n")
 
     def test_answers_in_the_order_of_the_questions(self) -> None:
         slow: Deferred[bool] = Deferred()
         self.answers = [slow]
         protocol, transport = self.connect(maps.TcpTable)
-        protocol.dataReceived(b"get x\nget 192.0.2.7\nput\nget 192.0.2.8\n")
-        self.assertEqual((transport.value(), self.asked), (b"", [b"x"]))
+        self.assertEqual(self.say(protocol, b"get x\nget 192.0.2.7\nget 192.0.2.8\n"), b"")
+        self.assertEqual(self.asked, [b"x"])
         slow.callback(False)
+        self.clock.pump([0] * 10)
         codes = [line[:3] for line in transport.value().splitlines()]
-        self.assertEqual(codes, [b"500", b"200", b"400", b"500"])
+        self.assertEqual(codes, [b"500", b"200", b"500"])
 
     def test_an_internal_error_closes(self) -> None:
         async def bad(key: bytes) -> bool:
             raise RuntimeError("not for the wire")
 
         protocol, transport = self.connect(maps.TcpTable, bad)
-        protocol.dataReceived(b"get 192.0.2.7\n")
-        self.assertEqual(transport.value(), b"")
+        self.assertEqual(self.say(protocol, b"get 192.0.2.7\n"), b"")
         self.assertTrue(transport.aborted)
         self.assertEqual(len(self.flushLoggedErrors(RuntimeError)), 1)
 
 
 class BoundTests(TableCase):
-    def test_long_requests_close(self) -> None:
-        protocol, transport = self.connect(maps.Socketmap)
-        protocol.dataReceived(b"99999:")
-        self.assertTrue(transport.disconnecting)
-        protocol, transport = self.connect(maps.TcpTable)
-        protocol.dataReceived(b"g" * (maps.REQUEST_OCTETS + 1))
-        self.assertTrue(transport.disconnecting)
+    def test_a_question_a_turn(self) -> None:
+        """However many come at once: others have their turn between two of them."""
+        self.clock = turns = Turns()
+        first, transport = self.connect(maps.TcpTable)
+        second, _ = self.another()
+        first.dataReceived(b"get x\n" * 1000)
+        second.dataReceived(b"get y\n")
+        self.assertEqual(self.asked, [])
+        turns.turn()
+        self.assertEqual(self.asked, [b"x", b"y"])
+        turns.turn()
+        self.assertEqual(self.asked, [b"x", b"y", b"x"])
+        self.assertEqual(transport.producerState, "paused")
+        for _ in range(998):
+            turns.turn()
+        self.assertEqual(transport.producerState, "producing")
+        self.assertEqual(transport.value().count(b"500"), 1000)
 
-    def test_read_no_faster_than_answered(self) -> None:
+    def test_not_read_from_while_it_waits(self) -> None:
         slow: Deferred[bool] = Deferred()
         self.answers = [slow]
-        protocol, transport = self.connect(maps.TcpTable)
-        protocol.dataReceived(b"get x\n" * (maps.WAITING // 2))
-        self.assertEqual(transport.producerState, "producing")
-        protocol.dataReceived(b"get x\n" * maps.WAITING)
+        protocol, transport = self.connect(maps.Socketmap)
+        self.say(protocol, b"3:m x,")
         self.assertEqual(transport.producerState, "paused")
         slow.callback(False)
         self.assertEqual(transport.producerState, "producing")
-        self.assertEqual(transport.value().count(b"500"), maps.WAITING * 3 // 2)
 
     def test_answers_that_nobody_reads(self) -> None:
         protocol, transport = self.connect(maps.TcpTable)
         protocol.pauseProducing()
-        protocol.dataReceived(b"get 192.0.2.7\n" * 1000)
-        self.assertEqual(transport.value(), b"200 OK\n")
+        self.assertEqual(self.say(protocol, b"get 192.0.2.7\n" * 9), b"200 OK\n")
         self.assertEqual(transport.producerState, "paused")
         protocol.resumeProducing()
-        self.assertEqual(transport.value(), b"200 OK\n" * 1000)
+        self.clock.pump([0] * 10)
+        self.assertEqual(transport.value(), b"200 OK\n" * 9)
 
     def test_gone_meanwhile(self) -> None:
         slow: Deferred[bool] = Deferred()
         self.answers = [slow]
         protocol, transport = self.connect(maps.TcpTable)
-        protocol.dataReceived(b"get x\nget 192.0.2.7\n")
+        self.say(protocol, b"get x\nget 192.0.2.7\n")
         protocol.connectionLost(Failure(ConnectionDone()))
         slow.callback(True)
+        self.clock.pump([0] * 10)
         self.assertEqual((transport.value(), self.asked), (b"", [b"x"]))
         self.assertEqual(self.tables.connections, set())
+        self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_so_many_connections(self) -> None:
         self.patch(maps, "CONNECTIONS", 2)
         first, _ = self.connect(maps.TcpTable)
-        second: Any = self.tables.buildProtocol(PEER)
-        self.patch(second, "callLater", Clock().callLater)
-        second.makeConnection(Transport())
+        self.another()
         self.assertIsNone(self.tables.buildProtocol(PEER))
         first.connectionLost(Failure(ConnectionDone()))
         self.assertIsNotNone(self.tables.buildProtocol(PEER))
 
     def test_silence(self) -> None:
-        clock = Clock()
-        self.tables = maps.Tables(maps.Socketmap, self.look)
-        protocol = self.tables.buildProtocol(PEER)
-        self.patch(protocol, "callLater", clock.callLater)
-        transport = Transport()
-        protocol.makeConnection(transport)
-        clock.advance(maps.IDLE_SECONDS - 1)
-        protocol.dataReceived(b"17:popdrop 192.0.2.7,")
-        clock.advance(maps.IDLE_SECONDS - 1)
+        protocol, transport = self.connect(maps.Socketmap)
+        self.clock.advance(maps.IDLE_SECONDS - 1)
+        self.assertEqual(self.say(protocol, b"17:popdrop 192.0.2.7,"), b"5:OK OK,")
+        self.clock.advance(maps.IDLE_SECONDS - 1)
         self.assertFalse(transport.aborted)
-        clock.advance(1)
+        self.clock.advance(1)
         self.assertTrue(transport.aborted)
 
 

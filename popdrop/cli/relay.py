@@ -12,8 +12,9 @@ import click
 
 from popdrop.accounts.database import Refused, shown
 from popdrop.cli.common import Fact, line, moment, print_json, print_table
-from popdrop.ops.grants import Grant, Grants, client_of
+from popdrop.ops.grants import Grant, Grants
 from popdrop.places import default_state_dir
+from popdrop.values import Network
 
 _TITLES: Final = ("Client", "Until (UTC)", "Account ")
 
@@ -60,30 +61,37 @@ def list_grants(folder: str, as_json: bool) -> None:
 @_folder
 @click.argument("client")
 def end_grant(folder: str, client: str) -> None:
-    """Close the window for CLIENT, an address or network as `popdrop relay list` shows it.
+    """Close the window for CLIENT, an address, or for all in a network.
 
     The next login from there opens it again; `popdrop user disable` is against that. An MTA that
     reads a file hears of it within ten seconds.
     """
+    whose = _network(client)
     grants = Grants(folder)
-    done = [grants.end(each) for each in _clients(client)]
+    ended = [each.client for each in grants.all() if _overlap(whose, _network(each.client))]
+    for each in ended:
+        grants.end(each)
     grants.close()
-    if not any(done):
+    if not ended:
         raise Refused(f"{client}: may not relay now; popdrop relay list shows who may")
-    click.echo(f"{client} may not relay any more.")
+    for each in ended:
+        click.echo(f"{each} may not relay any more.")
 
 
-def _clients(text: str) -> list[str]:
-    """What it may be called in the file: the address, its /64, or the network itself."""
-    if "/" in text:
-        try:
-            return [str(ip_network(text, strict=False))]
-        except ValueError:
-            pass
-    found = {client_of(text, bits) for bits in (128, 64)} - {None}
-    if not found:
-        raise Refused("no address; write it as 192.0.2.7, 2001:db8::7 or 2001:db8::/64")
-    return sorted(str(each) for each in found)
+def _network(text: str) -> Network:
+    """An address or a network; a v4-mapped one is of IPv4. Raises `Refused`."""
+    try:
+        found = ip_network(text.partition("%")[0], strict=False)
+    except ValueError:
+        raise Refused("no address; write it as 192.0.2.7, 2001:db8::7 or 2001:db8::/64") from None
+    mapped = getattr(found.network_address, "ipv4_mapped", None)
+    if mapped is not None and found.prefixlen >= 96:
+        return ip_network((mapped, found.prefixlen - 96))
+    return found
+
+
+def _overlap(one: Network, other: Network) -> bool:
+    return one.version == other.version and one.overlaps(other)
 
 
 def _facts(grant: Grant) -> dict[str, Fact]:

@@ -12,6 +12,7 @@ import sqlite3
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from ipaddress import IPv4Address, IPv6Address, IPv6Network, ip_address
 from typing import Final, NamedTuple
 
@@ -25,6 +26,8 @@ LOOK_EVERY: Final = 1.0
 """Seconds until the file's mode is looked at again: 17 us a look."""
 WHOLE: Final = 128
 """Bits of an IPv6 address."""
+LONGEST: Final = 86_400.0
+"""Seconds that a window may be open. After a day an address is anybody's."""
 
 RELAY: Final = Schema(
     application_id=0x506F7052,  # "PopR"
@@ -57,6 +60,34 @@ class Grant(NamedTuple):
 
 
 Publish = Callable[[Sequence[Grant]], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """Windows are `seconds` long, for `bits` of an IPv6 address, and never for `proxies`.
+
+    They hold for grants and for questions alike: what an earlier start with other rules, or a clock
+    that was ahead, has left in the file opens nothing.
+    """
+
+    seconds: float = LONGEST
+    bits: int = WHOLE
+    proxies: tuple[Network, ...] = ()
+
+    def client(self, host: str) -> str | None:
+        """Whose window it is that this address would need; `None`: it never has one."""
+        if not may_be_granted(PeerFacts(normalised(host)), self.proxies):
+            return None
+        return client_of(host, self.bits)
+
+    def fit(self, client: str) -> bool:
+        """Whether a client in the file is one of these rules."""
+        if "/" not in client:
+            return self.client(client) == client
+        return client.endswith(f"/{self.bits}")
+
+
+ANY: Final = Rules()
 
 
 def client_of(host: str, bits: int = WHOLE) -> str | None:
@@ -96,14 +127,20 @@ def _address(host: str) -> IPv4Address | IPv6Address | None:
 class Grants:
     """The file. All methods block, may be called from any thread and raise `TemporaryFailure`.
 
-    `publish` is told of all grants whenever they change, under the lock of the change: what it was
-    told last is what holds. It raises nothing. `clock` is in seconds since the epoch.
+    Of what is in it only that counts which ends within the `seconds` of `rules` from now. `publish`
+    is told of all grants whenever they change, under the lock of the change: what it was told last
+    is what holds. It raises nothing. `clock` is in seconds since the epoch.
     """
 
     def __init__(
-        self, folder: str, publish: Publish | None = None, clock: Callable[[], float] = time.time
+        self,
+        folder: str,
+        rules: Rules = ANY,
+        publish: Publish | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self._file = SqliteFile(os.path.join(folder, NAME), RELAY, LOOK_EVERY)
+        self.rules = rules
         self._publish = publish
         self._clock = clock
 
@@ -117,14 +154,14 @@ class Grants:
         return self._clock()
 
     def add(self, grants: Sequence[Grant]) -> None:
-        """Open the window for all of these; none becomes shorter."""
+        """Open the window for all of these, from now on as long as they say."""
         with self._use(make=True) as connection, transaction(connection):
             self._forget(connection)
             for grant in grants:
                 connection.execute(
                     "INSERT INTO relay_grant (client, until, account) VALUES (?, ?, ?)"
                     " ON CONFLICT (client) DO UPDATE"
-                    " SET until = max(until, excluded.until), account = excluded.account",
+                    " SET until = excluded.until, account = excluded.account",
                     grant,
                 )
             self._tell(connection)
@@ -133,7 +170,8 @@ class Grants:
         """Whether this client may relay now."""
         with self._use() as connection:
             found = connection.execute(
-                "SELECT 1 FROM relay_grant WHERE client = ? AND until > ?", (client, self._clock())
+                "SELECT 1 FROM relay_grant WHERE client = ? AND until > ? AND until <= ?",
+                (client, *self._bounds()),
             ).fetchone()
         return found is not None
 
@@ -149,21 +187,31 @@ class Grants:
         """
         with self._use() as connection:
             done = connection.execute(
-                "UPDATE relay_grant SET until = 0 WHERE client = ? AND until > ?",
-                (client, self._clock()),
+                "UPDATE relay_grant SET until = 0 WHERE client = ? AND until > ? AND until <= ?",
+                (client, *self._bounds()),
             )
             return done.rowcount > 0
 
-    def expire(self, publish: bool = False) -> None:
-        """Forget what holds no more. `publish`: tell of all grants even if nothing has changed."""
+    def expire(self) -> None:
+        """Forget what holds no more."""
         with self._use(make=True) as connection:
             over = connection.execute(
-                "SELECT 1 FROM relay_grant WHERE until <= ? LIMIT 1", (self._clock(),)
+                "SELECT 1 FROM relay_grant WHERE until <= ? OR until > ? LIMIT 1", self._bounds()
             ).fetchone()
-            if over or publish:
+            if over:
                 with transaction(connection):
                     self._forget(connection)
                     self._tell(connection)
+
+    def begin(self) -> None:
+        """At a start: forget what these rules would not have granted, and publish what is left."""
+        with self._use(make=True) as connection, transaction(connection):
+            self._forget(connection)
+            known = [row[0] for row in connection.execute("SELECT client FROM relay_grant")]
+            for client in known:
+                if not self.rules.fit(client):
+                    connection.execute("DELETE FROM relay_grant WHERE client = ?", (client,))
+            self._tell(connection)
 
     def close(self) -> None:
         """Close what is open. A later call opens it again."""
@@ -178,10 +226,17 @@ class Grants:
             with self._file.use() as opened:
                 yield opened.connection
         except (ConfigError, OSError, sqlite3.Error) as error:
-            raise TemporaryFailure("the relay window is out of order", str(error)) from None
+            why = str(error)
+            where = "" if self.path in why else f"{self.path}: "
+            raise TemporaryFailure("the relay window is out of order", where + why) from None
+
+    def _bounds(self) -> tuple[float, float]:
+        """Later than the first, and not later than the second: what holds ends in between."""
+        now = self._clock()
+        return now, now + self.rules.seconds
 
     def _forget(self, connection: sqlite3.Connection) -> None:
-        connection.execute("DELETE FROM relay_grant WHERE until <= ?", (self._clock(),))
+        connection.execute("DELETE FROM relay_grant WHERE until <= ? OR until > ?", self._bounds())
 
     def _tell(self, connection: sqlite3.Connection) -> None:
         if self._publish is not None:
@@ -189,19 +244,24 @@ class Grants:
 
     def _holding(self, connection: sqlite3.Connection) -> list[Grant]:
         found = connection.execute(
-            "SELECT client, until, account FROM relay_grant WHERE until > ? ORDER BY client",
-            (self._clock(),),
+            "SELECT client, until, account FROM relay_grant WHERE until > ? AND until <= ?"
+            " ORDER BY client",
+            self._bounds(),
         )
         return [Grant(*row) for row in found]
 
 
-def exim_map(grants: Sequence[Grant]) -> str:
+def exim_map(grants: Sequence[Grant], proxies: Sequence[Network] = ()) -> str:
     """A file for Exim's `iplsearch`: a client a line, and the last second in which it may relay.
 
-    With the time in it a file that is left behind opens nothing. A key with colons is quoted.
+    With the time in it a file that is left behind opens nothing. The first line that fits counts:
+    `proxies`, which may lie in somebody's /64, come first and never may.
     """
     rows = ["# Written by Popdrop (--relay file:...): client address, and until when it may relay."]
-    for grant in grants:
-        key = f'"{grant.client}"' if ":" in grant.client else grant.client
-        rows.append(f"{key}: {int(grant.until)}")
+    rows += [f"{_key(str(proxy))}: 0" for proxy in proxies]
+    rows += [f"{_key(grant.client)}: {int(grant.until)}" for grant in grants]
     return "".join(f"{row}\n" for row in rows)
+
+
+def _key(text: str) -> str:
+    return f'"{text}"' if ":" in text else text

@@ -1,23 +1,26 @@
 """Look-up tables for Postfix: may this client relay?
 
-`Socketmap` speaks socketmap_table(5), `TcpTable` tcp_table(5). Both answer in the order of the
-questions and read no faster than they answer. Twisted's own server for the second
-(`twisted.protocols.postfix`) takes keys as they came, `%20` and all, breaks off at octets that are
-not ASCII, sends the text of exceptions, and answers in the order in which look-ups end.
+`Socketmap` speaks socketmap_table(5), `TcpTable` tcp_table(5). Whoever is on this machine may ask.
+So one question of a connection is worked on at a time, in a turn of the reactor of its own, nothing
+more is read meanwhile, and what Postfix would not say ends the connection.
+
+Twisted's own server for the second (`twisted.protocols.postfix`) takes keys as they came, `%20` and
+all, breaks off at octets that are not ASCII, sends the text of exceptions, and answers in the order
+in which look-ups end.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import re
 from collections.abc import Awaitable, Callable
 from typing import Any, ClassVar, Final, cast
 from urllib.parse import unquote_to_bytes
 
 from twisted.internet.defer import Deferred
-from twisted.internet.interfaces import IAddress, IPushProducer
+from twisted.internet.interfaces import IAddress, IPushProducer, IReactorTime
 from twisted.internet.protocol import Protocol, ServerFactory, connectionDone
+from twisted.internet.task import deferLater
 from twisted.logger import Logger
-from twisted.protocols.basic import LineOnlyReceiver, NetstringReceiver
 from twisted.protocols.policies import TimeoutMixin
 from twisted.python.failure import Failure
 from zope.interface import implementer
@@ -28,16 +31,20 @@ log = Logger()
 
 REQUEST_OCTETS: Final = 1024
 """Of a request at most. A host name has 255."""
-WAITING: Final = 32
-"""Questions that wait before no more are read. Postfix asks one at a time."""
 IDLE_SECONDS: Final = 600
 """Until a silent connection is closed: as Twisted's server for the same. Postfix leaves earlier."""
-CONNECTIONS: Final = 1000
+CONNECTIONS: Final = 500
 """At once. Postfix runs 100 processes at most unless it is told otherwise, each with one."""
+
+_LENGTH = re.compile(rb"(0|[1-9][0-9]{0,3}):").match
+
+
+class BadRequest(Exception):
+    """What comes is no request."""
 
 
 @implementer(IPushProducer)
-class _Asked(Protocol, TimeoutMixin):
+class Asked(Protocol, TimeoutMixin):
     """One connection of an MTA's."""
 
     factory: Tables
@@ -47,11 +54,13 @@ class _Asked(Protocol, TimeoutMixin):
     NOT_NOW: ClassVar[bytes]
     BAD: ClassVar[bytes]
 
-    def connectionMade(self) -> None:
-        """Begin the count of silence."""
-        self._waiting: deque[bytes | None] = deque()
+    def __init__(self) -> None:
+        self._buffer = bytearray()
         self._answering = self._choked = self._gone = False
         self._drained: Deferred[None] | None = None
+
+    def connectionMade(self) -> None:
+        """Begin the count of silence."""
         self.factory.connections.add(self)
         self.transport.registerProducer(self, True)
         self.setTimeout(IDLE_SECONDS)  # type: ignore[no-untyped-call]
@@ -61,48 +70,59 @@ class _Asked(Protocol, TimeoutMixin):
         self.setTimeout(None)  # type: ignore[no-untyped-call]
         self.factory.connections.discard(self)
         self._gone = True
-        self._waiting.clear()
+        self._buffer.clear()
         self.resumeProducing()
 
     def timeoutConnection(self) -> None:
         """What is not read will not be read."""
         self.transport.abortConnection()
 
-    def asked(self, key: bytes | None) -> None:
-        """Answer when all before it have been; `None`: it was no question."""
-        self.resetTimeout()  # type: ignore[no-untyped-call]
-        self._waiting.append(key)
-        if len(self._waiting) == WAITING:
-            self.transport.pauseProducing()
+    def callLater(self, period: float, call: Callable[[], None]) -> Any:
+        """For the time limit."""
+        return self.factory.clock.callLater(period, call)
+
+    def dataReceived(self, data: bytes) -> None:
+        """One read of 64 KiB at most beyond what is worked on."""
+        self._buffer += data
         if not self._answering:
             self._answering = True
+            self.transport.pauseProducing()
             Deferred.fromCoroutine(self._answer()).addErrback(self._failed)
 
     async def _answer(self) -> None:
-        while self._waiting:
-            key = self._waiting.popleft()
-            reply = self.BAD if key is None else await self._look(key)
+        try:
+            while (key := self.request(self._buffer)) is not None:
+                self.resetTimeout()  # type: ignore[no-untyped-call]
+                await self._reply(key)
+        except BadRequest:
             if not self._gone:
-                self.reply(reply)
-            while self._choked:
-                self._drained = Deferred()
-                await self._drained
+                self.transport.write(self.BAD)
+                self.transport.unregisterProducer()
+                self.transport.loseConnection()
+            return
         self._answering = False
         if not self._gone:
             self.transport.resumeProducing()
 
-    async def _look(self, key: bytes) -> bytes:
+    async def _reply(self, key: bytes) -> None:
+        # Whatever is asked: others have their turn first.
+        await deferLater(self.factory.clock, 0)
         try:
-            return self.FOUND if await self.factory.look(key) else self.NOT_FOUND
+            reply = self.FOUND if await self.factory.look(key) else self.NOT_FOUND
         except TemporaryFailure:
-            return self.NOT_NOW
+            reply = self.NOT_NOW
+        if not self._gone:
+            self.transport.write(reply)
+        while self._choked:
+            self._drained = Deferred()
+            await self._drained
 
     def _failed(self, failure: Failure) -> None:
         log.failure("a look-up for the MTA failed", failure=failure)
         self.transport.abortConnection()
 
-    def reply(self, octets: bytes) -> None:
-        """Send an answer."""
+    def request(self, buffer: bytearray) -> bytes | None:
+        """Take the key of a request off `buffer`; `None`: more must come. Raises `BadRequest`."""
         raise NotImplementedError
 
     # Answers that are not read
@@ -122,43 +142,53 @@ class _Asked(Protocol, TimeoutMixin):
         """The connection is gone; `connectionLost` does the rest."""
 
 
-class Socketmap(_Asked, NetstringReceiver):
+class Socketmap(Asked):
     """`NAME KEY` in a netstring. Any name will do: there is one table."""
 
-    FOUND = b"OK OK"
-    NOT_FOUND = b"NOTFOUND "
-    NOT_NOW = b"TEMP try again later"
-    BAD = b"PERM a request is a name, a blank and a key"
-    MAX_LENGTH = REQUEST_OCTETS
+    FOUND = b"5:OK OK,"
+    NOT_FOUND = b"9:NOTFOUND ,"
+    NOT_NOW = b"20:TEMP try again later,"
+    BAD = b"16:PERM bad request,"
 
-    def stringReceived(self, string: bytes) -> None:
-        """A request."""
-        _, blank, key = string.partition(b" ")
-        self.asked(key if blank else None)
+    def request(self, buffer: bytearray) -> bytes | None:
+        """As `Asked.request`."""
+        match = _LENGTH(buffer)
+        if match is None:
+            if len(buffer) > 4 or not (buffer.isdigit() or not buffer):
+                raise BadRequest
+            return None
+        length, start = int(match[1]), match.end()
+        if length > REQUEST_OCTETS:
+            raise BadRequest
+        if len(buffer) <= start + length:
+            return None
+        _, blank, key = bytes(buffer[start : start + length]).partition(b" ")
+        if not blank or buffer[start + length] != 0x2C:
+            raise BadRequest
+        del buffer[: start + length + 1]
+        return key
 
-    def reply(self, octets: bytes) -> None:
-        """See the base class."""
-        self.sendString(octets)  # type: ignore[no-untyped-call]
 
-
-class TcpTable(_Asked, LineOnlyReceiver):
+class TcpTable(Asked):
     """`get KEY`, a line each, `%XX` for what is no plain character."""
 
-    FOUND = b"200 OK"
-    NOT_FOUND = b"500 not%20found"
-    NOT_NOW = b"400 try%20again%20later"
-    BAD = b"400 a%20request%20is%20get,%20a%20blank%20and%20a%20key"
-    MAX_LENGTH = REQUEST_OCTETS
-    delimiter = b"\n"
+    FOUND = b"200 OK\n"
+    NOT_FOUND = b"500 not%20found\n"
+    NOT_NOW = b"400 try%20again%20later\n"
+    BAD = b"400 bad%20request\n"
 
-    def lineReceived(self, line: bytes) -> None:
-        """A request."""
-        word, _, key = line.partition(b" ")
-        self.asked(unquote_to_bytes(key) if word == b"get" and key else None)
-
-    def reply(self, octets: bytes) -> None:
-        """See the base class."""
-        self.sendLine(octets)  # type: ignore[no-untyped-call]
+    def request(self, buffer: bytearray) -> bytes | None:
+        """As `Asked.request`."""
+        end = buffer.find(b"\n", 0, REQUEST_OCTETS + 1)
+        if end < 0:
+            if len(buffer) > REQUEST_OCTETS:
+                raise BadRequest
+            return None
+        word, _, key = bytes(buffer[:end]).partition(b" ")
+        if word != b"get" or not key:
+            raise BadRequest
+        del buffer[: end + 1]
+        return unquote_to_bytes(key)
 
 
 class Tables(ServerFactory):
@@ -170,11 +200,12 @@ class Tables(ServerFactory):
     noisy = False
 
     def __init__(
-        self, kind: Callable[[], _Asked], look: Callable[[bytes], Awaitable[bool]]
+        self, kind: type[Asked], look: Callable[[bytes], Awaitable[bool]], clock: IReactorTime
     ) -> None:
         self.protocol = cast("Any", kind)
         self.look = look
-        self.connections: set[_Asked] = set()
+        self.clock = clock
+        self.connections: set[Asked] = set()
 
     def buildProtocol(self, addr: IAddress | None) -> Any:
         """`None`, and so a closed connection, when there are too many."""

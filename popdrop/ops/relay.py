@@ -5,8 +5,9 @@ is sent, so that whoever sends mail in the next moment is let through. Postfix a
 `socketmap:` or `tcp:`, Exim reads a file. Nothing else of the server changes (SIMS: "Client IP
 addresses", S1 in the table of features).
 
-One process asks and expires, the one that listens; with `--workers` that is their parent. Every
-process that logs clients in remembers them.
+One process answers and expires, the one that listens; with `--workers` that is their parent. Every
+process that logs clients in remembers them. Trouble with the window refuses no login and holds none
+up for long.
 """
 
 from __future__ import annotations
@@ -16,19 +17,19 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from twisted.internet.defer import Deferred, gatherResults, maybeDeferred
-from twisted.internet.interfaces import IListeningPort
+from twisted.internet.interfaces import IDelayedCall, IListeningPort
 from twisted.internet.task import LoopingCall
 from twisted.logger import Logger
 from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from popdrop import listeners
-from popdrop.accepting import Complaint
+from popdrop.accepting import Complaint, outlive_shortage
 from popdrop.errors import ConfigError, TemporaryFailure
 from popdrop.interfaces import IRelayWindow
 from popdrop.ops import wholefile
-from popdrop.ops.grants import WHOLE, Grant, Grants, client_of, exim_map, may_be_granted
-from popdrop.ops.maps import Socketmap, Tables, TcpTable
+from popdrop.ops.grants import WHOLE, Grant, Grants, Rules, exim_map
+from popdrop.ops.maps import Asked, Socketmap, Tables, TcpTable
 from popdrop.threads import Pool
 from popdrop.values import Network, PeerFacts
 
@@ -38,12 +39,18 @@ MINUTES: Final = 2.0
 """Of the window. SIMS advises 1 to 3: dial-up addresses get other users soon."""
 EXPIRE_SECONDS: Final = 10.0
 """Between two looks for what holds no more. Look-ups and the times in Exim's file are exact."""
+PATIENCE: Final = 2.0
+"""Seconds that a login waits at most until it is remembered; usually it is a thousandth of that."""
+AGAIN_SECONDS: Final = 0.5
+"""Until what could not be remembered is tried again: another process may have held the lock."""
+MOST_WAITING: Final = 10_000
+"""Clients that wait to be remembered. More, and those that came first are forgotten."""
 EXAMPLES: Final = {
     "socketmap": "socketmap:unix:/run/popdrop/relay",
     "tcp-table": "tcp-table:tcp:10110:interface=127.0.0.1",
     "file": "file:/run/popdrop/relay.exim",
 }
-_TABLES: Final[dict[str, type[Socketmap] | type[TcpTable]]] = {
+_TABLES: Final[dict[str, type[Asked]]] = {
     "socketmap": Socketmap,
     "tcp-table": TcpTable,
 }
@@ -52,25 +59,25 @@ _TABLES: Final[dict[str, type[Socketmap] | type[TcpTable]]] = {
 class EximFile:
     """What `--relay file:PATH` keeps up to date."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, proxies: Sequence[Network] = ()) -> None:
         self.path = path
-        self._failed = ""
+        self._proxies = proxies
+        self.failed = ""
+        """Why it could not be written the last time."""
 
     def __call__(self, grants: Sequence[Grant]) -> None:
         """Blocking. A failure is logged once, and tried again with the next change."""
         try:
-            wholefile.put(self.path, exim_map(grants))
-            self._failed = ""
+            wholefile.put(self.path, exim_map(grants, self._proxies))
+            self.failed = ""
         except OSError as error:
-            why = error.strerror or str(error)
-            if why != self._failed:
-                log.error(
-                    "--relay file:{path}: cannot be written: {why}; name a file in a folder that"
-                    " the user may write to whom Popdrop runs as",
-                    path=self.path,
-                    why=why,
-                )
-            self._failed = why
+            why = (
+                f"--relay file:{self.path}: cannot be written: {error.strerror or error}; name a"
+                " file in a folder that the user may write to whom Popdrop runs as"
+            )
+            if why != self.failed:
+                log.error("{why}", why=why)
+            self.failed = why
 
 
 class Door:
@@ -91,6 +98,8 @@ class Door:
         if isinstance(outcome[0], Failure):
             outcome[0].raiseException()
         self.port = outcome[0]
+        # No greeting: to an MTA that is turned away a POP3 server's words would be an answer.
+        outlive_shortage(self.port, self._tables.clock, True)
 
     def where(self) -> str:
         """Its port, or that it is a Unix socket."""
@@ -107,10 +116,10 @@ class Door:
 
 @implementer(IRelayWindow)
 class RelayWindow:
-    """`seconds` long for a client of `bits` of an IPv6 address; never for `proxies`.
+    """By the rules of `grants`.
 
     `leads`: this process listens for the MTA and expires. Grants that come while others are being
-    written are written together, by one thread of `pool`.
+    written are written together, by one thread of `pool`. `file` is what `grants` publish to.
     """
 
     def __init__(
@@ -118,60 +127,73 @@ class RelayWindow:
         reactor: Any,
         pool: Pool,
         grants: Grants,
-        seconds: float,
-        bits: int = WHOLE,
-        proxies: Sequence[Network] = (),
         leads: bool = True,
+        file: EximFile | None = None,
     ) -> None:
         self._reactor = reactor
         self._pool = pool
         self._grants = grants
-        self._seconds = seconds
-        self._bits = bits
-        self._proxies = tuple(proxies)
+        self._rules = grants.rules
         self._leads = leads
+        self._file = file
         self.doors: list[Door] = []
-        self._next: dict[str, bytes] = {}
+        self._next: dict[str, Grant] = {}
         self._waiting: list[Deferred[None]] = []
         self._writing = False
+        self._began = 0.0
+        self._again: IDelayedCall | None = None
+        self._stopped = False
         self._expiring: LoopingCall | None = None
         self._complaint = Complaint(reactor)
 
     def add_door(self, option: str, kind: str, listener: listeners.Listener) -> None:
         """A table of `kind` for the MTA."""
-        self.doors.append(Door(option, listener, Tables(_TABLES[kind], self.look)))
+        tables = Tables(_TABLES[kind], self.look, self._reactor)
+        self.doors.append(Door(option, listener, tables))
 
     # Logins
 
     def open_for(self, peer: PeerFacts, account: bytes) -> Deferred[None] | None:
         """See `IRelayWindow`."""
-        if not may_be_granted(peer, self._proxies):
+        client = self._rules.client(peer.address or "") if peer.address_trusted else None
+        if client is None:
             return None
-        client = client_of(peer.address or "", self._bits)
-        assert client is not None  # it may be granted
-        self._next[client] = account
+        self._next[client] = Grant(client, self._grants.now() + self._rules.seconds, account)
+        if self._writing and self._reactor.seconds() - self._began > PATIENCE:
+            return None  # the disk does not answer: others have waited in vain
         waits: Deferred[None] = Deferred()
         self._waiting.append(waits)
+        waits.addTimeout(PATIENCE, self._reactor, lambda *_: None)
         if not self._writing:
             self._write()
         return waits
 
     def _write(self) -> None:
+        again, self._again = self._again, None
+        if again is not None and again.active():
+            again.cancel()
         self._writing = True
-        until = self._grants.now() + self._seconds
-        grants = [Grant(client, until, account) for client, account in self._next.items()]
+        self._began = self._reactor.seconds()
+        grants = list(self._next.values())[-MOST_WAITING:]
         waiting, self._next, self._waiting = self._waiting, {}, []
-        done = self._pool.run(self._grants.add, grants)
-        done.addErrback(self._trouble)
+        done = maybeDeferred(self._pool.run, self._grants.add, grants)
+        done.addErrback(self._keep, grants)
         done.addCallback(self._written, waiting)
 
     def _written(self, _: object, waiting: list[Deferred[None]]) -> None:
         self._writing = False
-        if self._next:
+        if self._next and self._again is None and not self._stopped:
             self._write()
         for waits in waiting:
             if not waits.called:  # else the client has gone meanwhile
                 waits.callback(None)
+
+    def _keep(self, failure: Failure, grants: list[Grant]) -> None:
+        """Try again what could not be written, and has not been granted anew."""
+        self._trouble(failure)
+        self._next = {grant.client: grant for grant in grants} | self._next
+        if not self._stopped:
+            self._again = self._reactor.callLater(AGAIN_SECONDS, self._write)
 
     def _trouble(self, failure: Failure) -> None:
         error = failure.value
@@ -184,7 +206,7 @@ class RelayWindow:
 
     async def look(self, key: bytes) -> bool:
         """Whether the client of this address may relay now. Raises `TemporaryFailure`."""
-        client = client_of(key.decode("ascii", "replace"), self._bits)
+        client = self._rules.client(key.decode("ascii", "replace"))
         if client is None:
             return False
         try:
@@ -199,30 +221,38 @@ class RelayWindow:
             door.listen()
 
     def start(self) -> None:
-        """Expire from now on, where that is this process' part."""
+        """Look at what there is, and expire from now on, where that is this process' part.
+
+        Blocks, before anybody is served. Raises `ConfigError`.
+        """
         if not self._leads:
             return
+        try:
+            self._grants.begin()
+        except TemporaryFailure as error:
+            raise ConfigError(f"--relay: {error.detail}") from None
+        if self._file is not None and self._file.failed:
+            raise ConfigError(self._file.failed)
         for door in self.doors:
             log.info(
                 "{option}: {where}: who may relay, {minutes:g} min from a login",
                 option=door.option,
                 where=door.where(),
-                minutes=self._seconds / 60,
+                minutes=self._rules.seconds / 60,
             )
         self._expiring = LoopingCall(self._expire)
         self._expiring.clock = self._reactor
-        # First of all the file is written anew: it may be older than the grants.
-        self._run(self._grants.expire, True)
         self._expiring.start(EXPIRE_SECONDS, now=False)
 
     def _expire(self) -> None:
-        self._run(self._grants.expire)
-
-    def _run(self, work: Any, *words: Any) -> None:
-        self._pool.run(work, *words).addErrback(self._trouble)
+        self._pool.run(self._grants.expire).addErrback(self._trouble)
 
     def close_doors(self) -> Deferred[Any]:
-        """The MTA is told nothing any more."""
+        """The MTA is told nothing any more; who logs in still is remembered, if it goes well."""
+        self._stopped = True
+        if self._again is not None:
+            self._again.cancel()
+            self._again = None
         if self._expiring is not None and self._expiring.running:
             self._expiring.stop()
         return gatherResults([door.close() for door in self.doors])
@@ -261,15 +291,10 @@ def from_options(
             f"{doors[0][0]}: with stdio: a process serves one session and no table; use"
             f" --relay {EXAMPLES['file']}"
         )
-    window = RelayWindow(
-        reactor,
-        pool,
-        Grants(state_dir, None if path is None else EximFile(path)),
-        60.0 * (MINUTES if options["relay-minutes"] is None else options["relay-minutes"]),
-        options["relay-ipv6"] or WHOLE,
-        proxies,
-        leads,
-    )
+    minutes = MINUTES if options["relay-minutes"] is None else options["relay-minutes"]
+    rules = Rules(60.0 * minutes, options["relay-ipv6"] or WHOLE, tuple(proxies))
+    file = None if path is None else EximFile(path, rules.proxies)
+    window = RelayWindow(reactor, pool, Grants(state_dir, rules, file), leads, file)
     for door in doors:
         window.add_door(*door)
     return window

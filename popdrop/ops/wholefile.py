@@ -13,8 +13,8 @@ def put(path: str, text: str, mode: int = 0o644) -> None:
     try:
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
         with open(descriptor, "w", encoding="utf-8") as file:
+            os.fchmod(descriptor, mode)  # whatever the umask
             file.write(text)
-        os.chmod(draft, mode)  # whatever the umask
         os.rename(draft, path)
     except OSError:
         with suppress(OSError):

@@ -170,6 +170,14 @@ class OpenHelperTests(SynchronousTestCase):
         client.dele(1)
         client.quit()
         self.assertEqual(spool.read_bytes(), b"")
+        # What can be read without it is not written by means of it.
+        readable = self.spool("u70003", UIDS[2], mail(1))
+        os.chown(readable, UIDS[2], 8)
+        readable.chmod(0o640)
+        client = self.login(server, "u70003")
+        client.dele(1)
+        self.assertRaises(poplib.error_proto, client.quit)
+        self.assertEqual(readable.read_bytes(), mail(1))
         server.stop()
         # With another --auth beside it the helper does not know of all logins.
         self.spool("u70002", UIDS[1], mail(1))

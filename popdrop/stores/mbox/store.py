@@ -172,7 +172,8 @@ class MboxStore:
             if error.errno not in NO_RIGHT:
                 raise
         else:
-            if spool is None or spool.writable:
+            # By default the helper is not asked for more than the spool's mode gives.
+            if spool is None or spool.writable or self.opening == "auto":
                 return spool
             spool.close()
         fd = self.opener(owner.user.encode("utf-8"))
@@ -330,8 +331,8 @@ class MboxFactory:
         "uidl=x-uidl|x-uid|hash (unique-ids of the old server, in header fields), "
         "update-status=yes|no (no: Status fields are left alone), "
         "max-messages=N, max-octets=N (0, the default: no limit), journal-dir=FOLDER (for journals "
-        "that find no space beside the spool), open=direct|helper|helper-all (who opens spools of "
-        "mode 0600: nobody, or the privileged helper)."
+        "that find no space beside the spool), open=auto|direct|helper|helper-all (who opens "
+        "spools of mode 0600: nobody, or the privileged helper)."
     )
     keywords: Final = (
         "kind",
