@@ -174,9 +174,10 @@ def _ratios(found: Found, less_is_better: bool) -> tuple[float, float] | None:
         [] if isinstance(runs, str) else [value for value, _ in runs]
         for runs in (found.get(OURS, ()), found.get(BASE, ()))
     )
-    if not ours or not base or not median(base):
-        return None
     best = min if less_is_better else max
+    # Nothing at all: less than a tick of the clock, so too few sessions.
+    if not ours or not base or not best(base):
+        return None
     return median(ours) / median(base), best(ours) / best(base)
 
 

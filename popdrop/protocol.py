@@ -63,8 +63,12 @@ log = Logger()
 
 UNREAD_LIMIT: Final = 4096
 """Octets of unanswered input after which the client is not read from: Dovecot's number too."""
-WRITE_SIZE: Final = 65_536
-"""Octets of replies gathered before they are written in the middle of a read."""
+WRITE_SIZE: Final = 114_688
+"""Octets of replies gathered before they are written in the middle of a read.
+
+With a message of usual size behind them, and with TLS, these are just below the 128 KiB that
+Twisted gives to one send(2). 64 KiB at a time took 5 % more of a processor, 32 RETR in flight.
+"""
 TURN: Final = 20_000
 """What one connection may do in one turn of the reactor, in the cost of a NOOP: about 10 ms."""
 ROWS_COST: Final = 500
@@ -583,9 +587,6 @@ class POP3Protocol(Protocol):
     def _act(self, result: Result, out: list[bytes]) -> bytes | None:
         """Do what the session asks for. Returns octets that only need to be sent, else `None`."""
         match result:
-            case Refusal():
-                self._refusal(result)
-                return result.reply
             case Fetch():
                 body = self._ready(result)
                 if body is not None:
@@ -594,6 +595,9 @@ class POP3Protocol(Protocol):
                     out.append(self._session.fetching(result))
                     return body
                 self._begin(out, self._fetch(result))
+            case Refusal():
+                self._refusal(result)
+                return result.reply
             case Login():
                 self._begin(out, self._login(result.credentials))
             case Measure() | Identify():

@@ -26,7 +26,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from twisted.trial.unittest import SkipTest, SynchronousTestCase
 
-from benchmarks import process, report, tools, workers
+from benchmarks import process, report, tls, tools, workers
 from benchmarks.__main__ import _parser, _sizes
 from benchmarks.bench import Bench, Figure, Sizes
 from benchmarks.corpus import MEDIAN, Corpus, quote, write_spool
@@ -614,6 +614,25 @@ class WorkersTests(SynchronousTestCase):
     def test_middle_of_each_figure(self) -> None:
         rates = [workers.Rate(*([float(n)] * 5), float(-n)) for n in (5, 1, 2)]
         self.assertEqual(workers.middle(rates), workers.Rate(2.0, 2.0, 2.0, 2.0, 2.0, -2.0))
+
+
+class TLSTests(SynchronousTestCase):
+    def table(self, ours: list[float], base: list[float]) -> str:
+        figure = tls.Figure("session", lambda server: (), target=(0.5, 0.5))
+        found = {
+            key: [(value, 0.0) for value in values]
+            for key, values in ((tls.OURS, ours), (tls.BASE, base))
+        }
+        return "\n".join(tls.lines(figure, [found], [tls.OURS, tls.BASE]))
+
+    def test_ratios(self) -> None:
+        self.assertRegex(self.table([1.0, 3.0, 4.0], [5.0, 6.0, 7.0]), r" 0\.50 +0\.20 .* met$")
+        self.assertRegex(self.table([4.0], [6.0]), r" 0\.67 +0\.67 .* missed$")
+
+    def test_less_than_a_tick_of_the_clock(self) -> None:
+        """So few sessions that the peer took no time at all: there is no ratio."""
+        for base in ([0.0], [0.0, 0.3, 0.4]):
+            self.assertRegex(self.table([0.2], base), r" - +- +at most 0\.50$")
 
 
 class SpoolTests(SynchronousTestCase):
