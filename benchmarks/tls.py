@@ -1,6 +1,6 @@
 """`python -m benchmarks.tls`: TLS with Popdrop and with its peers, for RSA-2048 and ECDSA P-256.
 
-Processor time of the server for one session, eight clients at a time:
+Processor time of the server for one session, sixteen clients at a time:
 
 - `session-plain`: connect, APOP, STAT, QUIT without TLS.
 - `session-tls-bare`: connect, handshake, CAPA, QUIT, without a login.
@@ -23,20 +23,19 @@ import argparse
 import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from statistics import median
 
 from benchmarks import tools
 from benchmarks.process import Failed, Machine, tree_cpu
 from benchmarks.scene import serving
 from benchmarks.secure import KEYS, SERVERS, Secure
-from benchmarks.visitor import NotResumed, Visitor
+from benchmarks.visitor import NotResumed, Visitor, Waiting, crowd
 
-AT_ONCE = 8
+AT_ONCE = 16
+"""As in the measurements that the targets come from."""
 MESSAGES = 10
 BOUND = 0.9
 """Share of its core above which the client was the bottleneck."""
@@ -76,18 +75,15 @@ def sessions(
     visitors = [Visitor(server, f"s{number}", version, resume) for number in range(AT_ONCE)]
     each = max(count // AT_ONCE, 1)
 
-    def work(visitor: Visitor, times: int) -> None:
-        for _ in range(times):
-            if way == "bare":
-                visitor.look_in()
-            else:
-                visitor.visit()
+    def visits(visitor: Visitor, times: int) -> Iterator[Waiting[None]]:
+        return (visitor.look_in() if way == "bare" else visitor.visit() for _ in range(times))
 
-    with ThreadPoolExecutor(AT_ONCE) as pool:
-        # Not counted: what is loaded at the first session, and each client's first ticket.
-        list(pool.map(work, visitors, repeat(1)))
-        began = tree_cpu(server.pid)
-        list(pool.map(work, visitors, repeat(each)))
+    def work(times: int) -> None:
+        crowd([visits(visitor, times) for visitor in visitors])
+
+    work(1)  # not counted: what is loaded at the first session, and each client's first ticket
+    began = tree_cpu(server.pid)
+    work(each)
     # Not a rate: how busy the client is does not matter.
     return (((tree_cpu(server.pid) - began) * 1e3 / (each * AT_ONCE), 0.0),)
 

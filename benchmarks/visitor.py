@@ -7,10 +7,13 @@ from __future__ import annotations
 
 import hashlib
 import re
+import selectors
 import socket
 import ssl
 import time
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from benchmarks.process import Failed, tree_cpu
 from benchmarks.secure import Secure
@@ -22,6 +25,11 @@ RECORD = 16_384
 """Octets of a TLS record at most: what one read gives (RFC 8446 section 5.1)."""
 END = b"\r\n.\r\n"
 """How a reply of several lines ends; dot-stuffing keeps it from standing elsewhere."""
+
+
+T = TypeVar("T")
+Waiting = Generator[tuple[socket.socket, int], None, T]
+"""Something that is done step by step; between two a socket is waited for, and the event of it."""
 
 
 class NotResumed(Failed):
@@ -54,15 +62,21 @@ class Visitor:
             self._context.verify_mode = ssl.CERT_NONE
             self._context.minimum_version = self._context.maximum_version = version
 
-    def connect(self) -> socket.socket:
+    def connect(self) -> Waiting[socket.socket]:
         """A connection, its handshake done. Raises `NotResumed`."""
         port = self._server.port if self._context is None else self._server.tls_port
-        raw = socket.create_connection(("127.0.0.1", port), PATIENCE)
+        raw = socket.socket()
+        raw.setblocking(False)
         raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        if raw.connect_ex(("127.0.0.1", port)):
+            yield raw, selectors.EVENT_WRITE
         if self._context is None:
             return raw
         session = self._session if self._resume else None
-        client = self._context.wrap_socket(raw, server_hostname="localhost", session=session)
+        client = self._context.wrap_socket(
+            raw, do_handshake_on_connect=False, server_hostname="localhost", session=session
+        )
+        yield from _when_ready(client, client.do_handshake)
         if session is not None and not client.session_reused:
             client.close()
             raise NotResumed("no ticket was taken")
@@ -70,70 +84,137 @@ class Visitor:
 
     def cipher(self) -> str:
         """What the server chooses; empty without TLS."""
-        with self.connect() as client:
+        with _now(self.connect()) as client:
             chosen = client.cipher() if isinstance(client, ssl.SSLSocket) else None
-            self._reply(client)
-            self._leave(client)
+            _now(_reply(client))
+            _now(_leave(client))
         return chosen[0] if chosen is not None else ""
 
-    def log_in(self, client: socket.socket) -> None:
+    def log_in(self, client: socket.socket) -> Waiting[None]:
         """APOP, the greeting read first."""
-        challenge = re.search(rb"<[^>]+>", self._reply(client))
+        challenge = re.search(rb"<[^>]+>", (yield from _reply(client)))
         if challenge is None:
             raise Failed("the greeting holds no challenge")
         secret = challenge[0] + self._server.password.encode()
         digest = hashlib.md5(secret, usedforsecurity=False).hexdigest()
-        self._ask(client, f"APOP {self._user} {digest}".encode())
+        yield from _ask(client, f"APOP {self._user} {digest}".encode())
         if isinstance(client, ssl.SSLSocket):
             # With TLS 1.3 the ticket comes behind the handshake, before the first reply is read.
             self._session = client.session
 
-    def visit(self) -> None:
+    def visit(self) -> Waiting[None]:
         """connect, APOP, STAT, QUIT. Raises `NotResumed`, `Failed`."""
-        with self.connect() as client:
-            self.log_in(client)
-            self._ask(client, b"STAT")
-            self._leave(client)
+        with (yield from self.connect()) as client:
+            yield from self.log_in(client)
+            yield from _ask(client, b"STAT")
+            yield from _leave(client)
 
-    def look_in(self) -> None:
+    def look_in(self) -> Waiting[None]:
         """connect, CAPA, QUIT: no login."""
-        with self.connect() as client:
-            self._reply(client)
-            self._ask(client, b"CAPA", END)
-            self._leave(client)
-
-    def _ask(self, client: socket.socket, command: bytes, end: bytes = b"\r\n") -> bytes:
-        client.sendall(command + b"\r\n")
-        return self._reply(client, end)
-
-    def _reply(self, client: socket.socket, end: bytes = b"\r\n") -> bytes:
-        text = b""
-        while not text.endswith(end):
-            got = client.recv(4096)
-            text += got
-            if not got or not text.startswith(b"+OK"[: len(text)]):
-                raise Failed("a command failed")
-        return text
-
-    def _leave(self, client: socket.socket) -> None:
-        """QUIT, and wait until the server has closed."""
-        self._ask(client, b"QUIT")
-        while client.recv(512):
-            pass
+        with (yield from self.connect()) as client:
+            yield from _reply(client)
+            yield from _ask(client, b"CAPA", END)
+            yield from _leave(client)
 
     def fetch(self, count: int) -> Transfer:
         """RETR of the first `count` messages, `IN_FLIGHT` at a time, from the first command sent.
 
         Login and QUIT, which a server may write the spool at, are not in the figures.
         """
-        with self.connect() as client:
-            self.log_in(client)
+        with _now(self.connect()) as client:
+            _now(self.log_in(client))
+            client.settimeout(PATIENCE)
             began, cpu, own = time.perf_counter(), tree_cpu(self._server.pid), time.process_time()
             octets = _retrieve_one(client) if count == 1 else _retrieve(client, count)
             took, used = time.perf_counter() - began, time.process_time() - own
             cpu = tree_cpu(self._server.pid) - cpu
-            self._leave(client)
+            _now(_leave(client))
         return Transfer(octets, took, cpu, used)
+
+
+def crowd(sessions: Sequence[Iterator[Waiting[None]]]) -> None:
+    """Do the sessions of all of these, those of one one after another, from this one thread.
+
+    A thread for each would wait for the others' most of the time, and the server for them.
+    """
+    with selectors.DefaultSelector() as selector:
+        for each in sessions:
+            _go_on(selector, each, None, None)
+        while selector.get_map():
+            ready = selector.select(PATIENCE)
+            if not ready:
+                raise Failed("no answer")
+            for key, _ in ready:
+                _go_on(selector, *key.data, key)
+
+
+def _go_on(
+    selector: selectors.BaseSelector,
+    sessions: Iterator[Waiting[None]],
+    session: Waiting[None] | None,
+    key: selectors.SelectorKey | None,
+) -> None:
+    """The next step of a session, or of the one behind it."""
+    while True:
+        try:
+            wanted = None if session is None else next(session)
+        except StopIteration:
+            wanted = None
+        if key is not None and (wanted is None or (key.fileobj, key.events) != wanted):
+            # A socket that was closed, or has become one of TLS, is known by its number.
+            selector.unregister(key.fd)
+            key = None
+        if wanted is not None:
+            if key is None:
+                selector.register(*wanted, (sessions, session))
+            return
+        session = next(sessions, None)
+        if session is None:
+            return
+
+
+def _now(waiting: Waiting[T]) -> T:
+    """Wait for all of it."""
+    while True:
+        try:
+            client, event = next(waiting)
+        except StopIteration as done:
+            result: T = done.value
+            return result
+        with selectors.DefaultSelector() as selector:
+            selector.register(client, event)
+            if not selector.select(PATIENCE):
+                raise Failed("no answer")
+
+
+def _when_ready(client: socket.socket, call: Callable[[], T]) -> Waiting[T]:
+    while True:
+        try:
+            return call()
+        except (BlockingIOError, ssl.SSLWantReadError):
+            yield client, selectors.EVENT_READ
+
+
+def _ask(client: socket.socket, command: bytes, end: bytes = b"\r\n") -> Waiting[bytes]:
+    client.sendall(command + b"\r\n")
+    return (yield from _reply(client, end))
+
+
+def _reply(client: socket.socket, end: bytes = b"\r\n") -> Waiting[bytes]:
+    text = b""
+    while not text.endswith(end):
+        got = yield from _when_ready(client, lambda: client.recv(4096))
+        text += got
+        if not got or not text.startswith(b"+OK"[: len(text)]):
+            raise Failed("a command failed")
+    return text
+
+
+def _leave(client: socket.socket) -> Waiting[None]:
+    """QUIT, and wait until the server has closed."""
+    yield from _ask(client, b"QUIT")
+    while (yield from _when_ready(client, lambda: client.recv(512))):
+        pass
 
 
 def _commands(first: int, last: int) -> bytes:

@@ -23,7 +23,7 @@ from benchmarks.__main__ import CLASSES
 from benchmarks.corpus import write_message
 from benchmarks.process import Failed, Machine
 from benchmarks.secure import SERVERS, Secure
-from benchmarks.visitor import NotResumed, Visitor
+from benchmarks.visitor import NotResumed, Visitor, crowd
 from tests.test_benchmarks import MESSAGES, PASSWORD, Handler, Maildrop, Server, running
 
 V12, V13 = tls.VERSIONS["1.2"], tls.VERSIONS["1.3"]
@@ -85,8 +85,7 @@ class VisitorTests(SynchronousTestCase):
         server = TlsServer(self.drop, remembers)
         with running(server) as port:
             guest = Visitor(Scripted(0, port), "u", version, resume)
-            for _ in range(3):
-                guest.visit()
+            crowd([(guest.visit() for _ in range(3))])
         return server.context.session_stats()["hits"]
 
     def test_whole_handshakes(self) -> None:
@@ -109,8 +108,20 @@ class VisitorTests(SynchronousTestCase):
     def test_no_login(self) -> None:
         """A look is CAPA and QUIT, CAPA's list read whole."""
         with running(TlsServer(self.drop)) as port:
-            Visitor(Scripted(0, port), "u", V13).look_in()
+            crowd([iter([Visitor(Scripted(0, port), "u", V13).look_in()])])
         self.assertEqual(self.drop.commands, [b"CAPA", b"QUIT"])
+
+    def test_many_at_once(self) -> None:
+        """As many sessions as were asked for, those of one visitor one after another."""
+        for version in (None, V12, V13):
+            self.drop = Maildrop()
+            self.drop.deletes = False
+            with running(Server(self.drop)) as plain, running(TlsServer(self.drop)) as secure:
+                server = Scripted(plain, secure)
+                guests = [Visitor(server, "u", version, True) for _ in range(5)]
+                crowd([map(Visitor.visit, [guest] * 3) for guest in guests])
+            self.assertEqual(self.drop.commands.count(b"QUIT"), 15)
+            self.assertEqual(self.drop.commands.count(b"STAT"), 15)
 
     def test_cipher(self) -> None:
         """The version that was asked for is what is spoken."""
@@ -140,7 +151,7 @@ class VisitorTests(SynchronousTestCase):
         with running(Server(self.drop)) as port:
             server = Scripted(port, 0)
             server.password = "wrong"
-            self.assertRaises(Failed, Visitor(server, "u", None).visit)
+            self.assertRaises(Failed, crowd, [iter([Visitor(server, "u", None).visit()])])
 
 
 class Answers:
