@@ -212,15 +212,30 @@ class TogetherTests(WindowCase):
         self.assertEqual(self.clock.getDelayedCalls(), [])
 
     def test_those_that_wait_are_bounded(self) -> None:
+        """While a write takes its time, too; who logs in again is the last again."""
         self.patch(relay, "MOST_WAITING", 2)
         window = self.window()
         self.threads.at_once = False
-        for number in range(1, 6):
+        for number in (1, 2, 3, 2, 4):
             window.open_for(PeerFacts(f"192.0.2.{number}"), b"bob")
+            self.assertLessEqual(len(window._next), 2)
         self.threads.go()
         self.threads.go()
         found = [grant.client for grant in window._grants.all()]
-        self.assertEqual(found, ["192.0.2.1", "192.0.2.4", "192.0.2.5"])
+        self.assertEqual(found, ["192.0.2.1", "192.0.2.2", "192.0.2.4"])
+
+    def test_logins_while_the_server_stops(self) -> None:
+        """Those of the grace are remembered, too, and wait no longer than others."""
+        window = self.window()
+        self.threads.at_once = False
+        first = window.open_for(PeerFacts("192.0.2.1"), b"bob")
+        self.successResultOf(window.close_doors())
+        second = window.open_for(PeerFacts("192.0.2.2"), b"bob")
+        self.threads.go()
+        self.threads.go()
+        self.assertTrue(first is not None and first.called)
+        self.assertTrue(second is not None and second.called)
+        self.assertEqual(len(window._grants.all()), 2)
 
     def test_a_disk_that_does_not_answer(self) -> None:
         """Logins wait for it for a while, and then no more; it is done when it answers."""

@@ -158,7 +158,10 @@ class RelayWindow:
         client = self._rules.client(peer.address or "") if peer.address_trusted else None
         if client is None:
             return None
+        self._next.pop(client, None)  # the last to log in are the last to be forgotten
         self._next[client] = Grant(client, self._grants.now() + self._rules.seconds, account)
+        if len(self._next) > MOST_WAITING:
+            del self._next[next(iter(self._next))]
         if self._writing and self._reactor.seconds() - self._began > PATIENCE:
             return None  # the disk does not answer: others have waited in vain
         waits: Deferred[None] = Deferred()
@@ -182,7 +185,7 @@ class RelayWindow:
 
     def _written(self, _: object, waiting: list[Deferred[None]]) -> None:
         self._writing = False
-        if self._next and self._again is None and not self._stopped:
+        if self._next and self._again is None:
             self._write()
         for waits in waiting:
             if not waits.called:  # else the client has gone meanwhile
@@ -240,6 +243,8 @@ class RelayWindow:
                 where=door.where(),
                 minutes=self._rules.seconds / 60,
             )
+        if self._file is not None:
+            log.info("--relay file:{path}: written at each login", path=self._file.path)
         self._expiring = LoopingCall(self._expire)
         self._expiring.clock = self._reactor
         self._expiring.start(EXPIRE_SECONDS, now=False)

@@ -202,7 +202,7 @@ class MboxStore:
         """
         if search.IN_USE.fault:
             log.warn(
-                "stringzilla {fault}: spools are scanned without it; install it again "
+                "stringzilla {fault}: the standard library does its work; install it again "
                 "(pip install 'popdrop[fast]') or remove it",
                 fault=search.IN_USE.fault,
             )
