@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable
 from typing import Any
 
@@ -307,6 +308,43 @@ class Turns(Clock):
             self.calls.remove(call)
             call.called = 1
             call.func(*call.args, **call.kw)
+
+
+class StartTests(WindowCase):
+    def test_a_full_disk(self) -> None:
+        """Refuses nobody: it is said, and made good when there is room."""
+
+        def full(*words: object) -> None:
+            raise OSError(28, "No space left on device")
+
+        path = os.path.join(self.folder, "relay")
+        file = relay.EximFile(path)
+        window = self.window(file, file=file)
+        patch = self.patch(relay.wholefile, "put", full)
+        window.start()
+        self.assertIn("No space left on device; make room", self.said[0])
+        patch.restore()
+        window.open_for(PeerFacts("192.0.2.1"), b"bob")
+        with open(path) as written:
+            self.assertIn("192.0.2.1", written.read())
+
+    def test_a_full_disk_under_the_database(self) -> None:
+        def full(*words: object) -> None:
+            raise sqlite3.OperationalError("database or disk is full")
+
+        window = self.window()
+        self.patch(Grants, "_forget", full)
+        window.start()
+        self.assertIn("database or disk is full", self.said[0])
+
+    def test_what_only_an_administrator_can_mend(self) -> None:
+        file = relay.EximFile(os.path.join(self.folder, "none", "relay"))
+        failure = self.assertRaises(ConfigError, self.window(file, file=file).start)
+        self.assertIn("name a file in a folder", str(failure))
+        os.chmod(self.folder, 0o777)
+        failure = self.assertRaises(ConfigError, self.window().start)
+        self.assertIn("--relay: ", str(failure))
+        self.assertIn("chmod go-w", str(failure))
 
 
 class TableCase(SynchronousTestCase):

@@ -228,7 +228,7 @@ class Grants:
         except (ConfigError, OSError, sqlite3.Error) as error:
             why = str(error)
             where = "" if self.path in why else f"{self.path}: "
-            raise TemporaryFailure("the relay window is out of order", where + why) from None
+            raise TemporaryFailure("the relay window is out of order", where + why) from error
 
     def _bounds(self) -> tuple[float, float]:
         """Later than the first, and not later than the second: what holds ends in between."""

@@ -12,6 +12,7 @@ up for long.
 
 from __future__ import annotations
 
+import errno
 import os
 from collections.abc import Sequence
 from typing import Any, Final
@@ -45,6 +46,7 @@ AGAIN_SECONDS: Final = 0.5
 """Until what could not be remembered is tried again: another process may have held the lock."""
 MOST_WAITING: Final = 10_000
 """Clients that wait to be remembered. More, and those that came first are forgotten."""
+OTHER_FOLDER: Final = "name a file in a folder that the user may write to whom Popdrop runs as"
 EXAMPLES: Final = {
     "socketmap": "socketmap:unix:/run/popdrop/relay",
     "tcp-table": "tcp-table:tcp:10110:interface=127.0.0.1",
@@ -62,22 +64,24 @@ class EximFile:
     def __init__(self, path: str, proxies: Sequence[Network] = ()) -> None:
         self.path = path
         self._proxies = proxies
-        self.failed = ""
-        """Why it could not be written the last time."""
+        self.misplaced = ""
+        """Why it cannot be written there at all; a disk that is full has room again one day."""
+        self._failed = ""
 
     def __call__(self, grants: Sequence[Grant]) -> None:
         """Blocking. A failure is logged once, and tried again with the next change."""
         try:
             wholefile.put(self.path, exim_map(grants, self._proxies))
-            self.failed = ""
+            self._failed = self.misplaced = ""
         except OSError as error:
-            why = (
-                f"--relay file:{self.path}: cannot be written: {error.strerror or error}; name a"
-                " file in a folder that the user may write to whom Popdrop runs as"
-            )
-            if why != self.failed:
+            is_full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            remedy = "make room" if is_full else OTHER_FOLDER
+            words = error.strerror or str(error)
+            why = f"--relay file:{self.path}: cannot be written: {words}; {remedy}"
+            if why != self._failed:
                 log.error("{why}", why=why)
-            self.failed = why
+            self._failed = why
+            self.misplaced = "" if is_full else why
 
 
 class Door:
@@ -233,9 +237,12 @@ class RelayWindow:
         try:
             self._grants.begin()
         except TemporaryFailure as error:
-            raise ConfigError(f"--relay: {error.detail}") from None
-        if self._file is not None and self._file.failed:
-            raise ConfigError(self._file.failed)
+            if isinstance(error.__cause__, ConfigError):
+                raise ConfigError(f"--relay: {error.detail}") from None
+            # Such as a full disk: no reason to serve nobody.
+            self._complaint.say("{why}: {detail}", why=error.text, detail=error.detail)
+        if self._file is not None and self._file.misplaced:
+            raise ConfigError(self._file.misplaced)
         for door in self.doors:
             log.info(
                 "{option}: {where}: who may relay, {minutes:g} min from a login",
