@@ -6,9 +6,15 @@ import contextlib
 import os
 import socket
 import ssl
-from itertools import pairwise
-from typing import Any
+import subprocess
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import accumulate, cycle, pairwise
+from typing import Any, TypeVar, cast
+from unittest import SkipTest
 
+from hypothesis import given
+from hypothesis import strategies as st
 from OpenSSL import SSL
 from twisted.internet import reactor
 from twisted.internet.defer import Deferred
@@ -20,10 +26,11 @@ from twisted.python.failure import Failure
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 
 from popdrop.certs import Certificates
-from popdrop.securing import RECORD, PromptTLS, TLSFactory
+from popdrop.securing import RECORD, PromptTLS, Records, TLSFactory
 from tests.test_certs import TIMEOUT, certbot, client_context
 
 BULK = 4_000_000
+T = TypeVar("T")
 
 
 class Speaker(Protocol):
@@ -48,6 +55,58 @@ class Speaker(Protocol):
 
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         self.factory.lost.callback(reason.value)
+
+
+def in_pieces(
+    raw: socket.socket,
+    version: ssl.TLSVersion,
+    lines: Sequence[bytes],
+    sizes: Iterator[int],
+    back: int | None = None,
+) -> bytes:
+    """Send each line as a record, and the records in pieces of these octets; what came back.
+
+    So many octets are waited for, or as many as went out and the greeting.
+    """
+    context = client_context()
+    context.minimum_version = context.maximum_version = version
+    incoming, outgoing = ssl.MemoryBIO(), ssl.MemoryBIO()
+    client = context.wrap_bio(incoming, outgoing, server_hostname="a.example")
+
+    def done(work: Callable[[], T]) -> T:
+        while True:
+            try:
+                result = work()
+            except ssl.SSLWantReadError:
+                if outgoing.pending:
+                    raw.sendall(outgoing.read())
+                incoming.write(raw.recv(65536))
+            else:
+                return result
+
+    raw.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    done(client.do_handshake)
+    for line in lines:
+        client.write(line)
+    with contextlib.suppress(ssl.SSLWantReadError):
+        if back is not None:
+            client.unwrap()
+    data = outgoing.read()
+    while data:
+        size = next(sizes)
+        raw.sendall(data[:size])
+        data = data[size:]
+    wanted = len(b"+OK\r\n") + sum(map(len, lines)) if back is None else back
+    came = b""
+    while len(came) < wanted:
+        came += done(lambda: client.read(65536))
+    if back is None:
+        with contextlib.suppress(ssl.SSLWantReadError):
+            client.unwrap()
+        raw.sendall(outgoing.read())
+    while raw.recv(65536):
+        pass
+    return came
 
 
 class SecuringTests(TestCase):
@@ -134,6 +193,56 @@ class SecuringTests(TestCase):
         self.factory.answer = answer
         self.assertTrue(await deferToThread(talk) == whole)
 
+    async def test_records_in_any_pieces(self) -> None:
+        """One at a time, many at once, and cut anywhere; all is there, and nothing twice."""
+        lines = [b"%d %s\r\n" % (number, b"x" * (number * 37 % 300)) for number in range(40)]
+        for version in (ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3):
+            for sizes in ([1], [3], [10_000], [5, 2, 400, 1], [97, 1000]):
+                with self.subTest(version=version, sizes=sizes):
+                    self.factory.lost = Deferred()
+                    talk = partial(in_pieces, self.raw(), version, lines, cycle(sizes))
+                    self.assertEqual(await deferToThread(talk), b"+OK\r\n" + b"".join(lines))
+                    self.assertIsInstance(await self.reason(), ConnectionDone)
+
+    async def test_all_of_one_read_comes_at_once(self) -> None:
+        """And what a client says with its end is heard."""
+        heard: list[bytes] = []
+        self.factory.answer = lambda speaker, data: heard.append(data)
+        lines = [b"RETR %d\r\n" % number for number in range(20)]
+        talk = partial(in_pieces, self.raw(), ssl.TLSVersion.TLSv1_3, lines, cycle([4000]), 0)
+        await deferToThread(talk)
+        self.assertIsInstance(await self.reason(), ConnectionDone)
+        self.assertEqual(b"".join(heard), b"".join(lines))
+        self.assertLessEqual(len(heard), 2)
+
+    async def test_new_keys(self) -> None:
+        """KeyUpdate (RFC 8446 section 4.6.3) holds no octets, and wants an answer."""
+        try:
+            where = "{}:{}".format(*self.address)
+            command = ["openssl", "s_client", "-brief", "-connect", where]
+            child = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1)
+        except FileNotFoundError:
+            raise SkipTest("openssl is not installed") from None
+        self.addCleanup(child.communicate)
+        self.addCleanup(child.kill)
+
+        def talk() -> list[bytes]:
+            stdin, stdout, stderr = cast(Any, (child.stdin, child.stdout, child.stderr))
+            told = [stdout.readline()]
+            # Alone on a line: K wants the server to change its keys, too.
+            for line in (b"one", b"K", b"two", b"k", b"three", b"K", b"four"):
+                stdin.write(line + b"\n")
+                stdin.flush()
+                if len(line) > 1:
+                    told.append(stdout.readline())
+                else:
+                    while stderr.readline() != b"KEYUPDATE\n":
+                        pass
+            return told
+
+        told = await deferToThread(talk)
+        self.assertEqual(told, [b"+OK\r\n", b"one\n", b"two\n", b"three\n", b"four\n"])
+
     async def test_a_client_that_leaves_behind_our_end(self) -> None:
         """Without its own, as most do: the session has ended well."""
 
@@ -211,6 +320,54 @@ class SecuringTests(TestCase):
         self.assertIn(True, speakers[0].paused)
         self.assertFalse(speakers[0].paused[-1])
         await self.reason()
+
+
+def record(length: int, kind: int = 23) -> bytes:
+    return bytes((kind, 3, 3)) + length.to_bytes(2, "big") + bytes(length)
+
+
+class RecordsTests(SynchronousTestCase):
+    """Lengths as in RFC 8446 section 5.1: two octets, the fourth and fifth of a record."""
+
+    def test_whole_ones(self) -> None:
+        records = Records()
+        self.assertEqual(records.feed(record(1)), 1)
+        self.assertEqual(records.feed(record(0) + record(16_640) + record(256)), 3)
+
+    def test_one_in_parts(self) -> None:
+        records = Records()
+        data = record(300) + record(10)
+        self.assertEqual(records.feed(data[:5]), 0)
+        self.assertEqual(records.feed(data[5:100]), 0)
+        self.assertEqual(records.feed(data[100:310]), 1)
+        self.assertEqual(records.feed(data[310:]), 1)
+        self.assertEqual(records.feed(record(2)), 1)
+
+    def test_a_header_in_parts(self) -> None:
+        for cut in range(1, 5):
+            records = Records()
+            self.assertIsNone(records.feed(record(8) + record(8)[:cut]))
+            self.assertIsNone(records.feed(record(8)[cut:]))
+            self.assertIsNone(records.feed(record(8)))
+
+    @given(st.lists(st.integers(0, 40), max_size=6), st.lists(st.integers(1, 60), max_size=12))
+    def test_any_cuts(self, lengths: list[int], cuts: list[int]) -> None:
+        """Where it tells, it is the number of ends that have been passed."""
+        data = b"".join(map(record, lengths))
+        ends = {*accumulate(5 + length for length in lengths)}
+        begins = {0, *ends}
+        records, place = Records(), 0
+        known = True
+        for cut in [*cuts, len(data)]:
+            piece = data[place : place + cut]
+            if not piece:
+                break
+            stop = place + len(piece)
+            # A header lies across this cut if a record began less than five octets before it.
+            known = known and not any(stop - 5 < begin < stop for begin in begins - {len(data)})
+            passed = sum(place < end <= stop for end in ends)
+            self.assertEqual(records.feed(piece), passed if known else None)
+            place = stop
 
 
 class Sealing:
