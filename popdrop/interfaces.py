@@ -57,10 +57,11 @@ class IMaildrop(Interface):
     def identify() -> Awaitable[None]:
         """Fill in the ids that the listing does not hold yet. Once; in a thread."""
 
-    def ready(index: int, lines: int | None) -> bytes | None:
+    def ready(index: int, lines: int | None, ahead: int = 0) -> bytes | None:
         """All of a small message at once, if that needs no waiting; else `None`.
 
-        As `fetch`, but never blocks: the message is short and its pages are in memory.
+        As `fetch`, but never blocks: the message is short and its pages are in memory. At most
+        `ahead` messages more may be asked for at once, so that the next may be read along.
         """
 
     def fetch(index: int, lines: int | None) -> Awaitable[IBlocks]:
@@ -122,6 +123,13 @@ class IBlockingMaildrop(Interface):
 
     def source(index: int) -> Source:
         """Where message `index` (0-based) lies. Does no input or output."""
+
+    def reach(index: int, count: int) -> int:
+        """Octets from where message `index` lies to the end of the `count` messages behind it.
+
+        Of fewer, where the maildrop ends, or the `unchanged` of message `index` does not speak for
+        those that follow. 0 where each message is a file. As cheap as `source`.
+        """
 
     def commit(deleted: Collection[int], seen: Collection[int] = ()) -> None:
         """Remove these (0-based). Raises `Busy` before any write; all or nothing; on disk.

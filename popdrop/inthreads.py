@@ -22,6 +22,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from popdrop.errors import Busy, InUse, PopdropError, TemporaryFailure
+from popdrop.hot import Window
 from popdrop.interfaces import (
     IBlockingMaildrop,
     IBlockingStore,
@@ -43,8 +44,8 @@ HOT_LIMIT: Final = 65_536
 """Stored octets of a message that is answered in the reactor if its pages are in memory."""
 BLOCK: Final = 65_536
 """Stored octets read in the reactor at a time: about 0.1 ms of work."""
-_hot: Final = bytearray(HOT_LIMIT)
-"""Where the reactor reads to, one message after the other."""
+_window: Final = Window()
+"""Where the reactor reads to, for one maildrop after the other."""
 COLD_BLOCK: Final = 262_144
 """Stored octets read by a thread at a time, so that a hop (28 us) is small beside it."""
 TRIES: Final = 5
@@ -142,6 +143,7 @@ class ThreadedDrop:
         self._in_flight: Deferred[Any] | None = None
         self._released: Deferred[None] | None = None
         self._nowait = True
+        self._following = 0
 
     @property
     def listing(self) -> Listing:
@@ -156,6 +158,7 @@ class ThreadedDrop:
         if self._in_flight is not None:
             raise RuntimeError("calls for one maildrop come one after another")
         self._in_flight = inner
+        _window.forget(self)
 
         def landed(result: Any) -> Any:
             self._in_flight = None
@@ -213,7 +216,7 @@ class ThreadedDrop:
             return succeed(None)
         return self.patiently(lambda: self._drop.commit(deleted), to_the_end=True)
 
-    def ready(self, index: int, lines: int | None) -> bytes | None:
+    def ready(self, index: int, lines: int | None, ahead: int = 0) -> bytes | None:
         """As `IMaildrop.ready`."""
         source = self._drop.source(index)
         wanted = source.length
@@ -221,10 +224,16 @@ class ThreadedDrop:
             if lines is None:
                 return None
             wanted = HOT_LIMIT
-        block = self.hot(source.fd, source.offset, wanted)
-        # Looked at behind the read: what was written before it would show.
-        if block is None or len(block) < wanted or not source.unchanged():
-            return None
+        block = _window.get(self, source.offset, wanted)
+        if block is None:
+            # Who asks in another order is not read for in this one.
+            reach = self._drop.reach(index, ahead) if ahead and index == self._following else 0
+            block = self.hot(source.fd, source.offset, wanted, reach)
+            # Looked at behind the read: what was written before it would show.
+            if block is None or len(block) < wanted or not source.unchanged():
+                _window.forget(self)
+                return None
+        self._following = index + 1
         if lines is None and not source.strip:
             return as_stored(block, source.unquote, source.spaced)
         outgoing = Outgoing(source.strip, source.unquote, lines, source.spaced)
@@ -233,18 +242,19 @@ class ThreadedDrop:
             return out + outgoing.end()
         return None
 
-    def hot(self, fd: int, offset: int, length: int) -> bytes | None:
-        """What of `length` octets at `offset` is in memory, `None` if reading might wait."""
+    def hot(self, fd: int, offset: int, length: int, reach: int = 0) -> bytes | None:
+        """What of `length` octets at `offset` is in memory, `None` if reading might wait.
+
+        Of `reach` octets from there what lies behind is kept for the next calls of `ready`.
+        """
         if not self._nowait:
             return None
-        block = memoryview(_hot)[:length]
         try:
-            count = os.preadv(fd, [block], offset, os.RWF_NOWAIT) if length else 0
+            return _window.read(self, fd, offset, length, reach)
         except OSError as error:
             # Not every file system can say what is in memory (tmpfs on older kernels, NFS).
             self._nowait = error.errno == errno.EAGAIN
             return None
-        return block[:count].tobytes()
 
     async def fetch(self, index: int, lines: int | None) -> IBlocks:
         """As `IMaildrop.fetch`."""
@@ -252,6 +262,7 @@ class ThreadedDrop:
 
     def release(self) -> Deferred[None]:
         """As `IMaildrop.release`."""
+        _window.forget(self)
         if self._released is None and self._in_flight is None and self._drop.quick_release:
             self._released = succeed(None)
             self._drop.release()

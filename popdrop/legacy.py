@@ -89,7 +89,7 @@ class MailboxAsMaildrop:
         ]
         self.listing = self.listing.with_ids(ids)
 
-    def ready(self, index: int, lines: int | None) -> bytes | None:
+    def ready(self, index: int, lines: int | None, ahead: int = 0) -> bytes | None:
         """As `IMaildrop.ready`: a mailbox may always make us wait."""
         return None
 

@@ -71,6 +71,8 @@ Twisted gives to one send(2). 64 KiB at a time took 5 % more of a processor, 32 
 """
 TURN: Final = 20_000
 """What one connection may do in one turn of the reactor, in the cost of a NOOP: about 10 ms."""
+SHORTEST_FETCH: Final = len(b"RETR 1\r\n")
+"""Octets of a command that a message is sent for: so many of them wait at most."""
 ROWS_COST: Final = 500
 """Of a block of rows of LIST or UIDL."""
 FETCH_COST: Final = 100
@@ -650,7 +652,7 @@ class POP3Protocol(Protocol):
     def _ready(self, fetch: Fetch) -> bytes | None:
         if self._drop is None:
             raise RuntimeError("no maildrop is open")
-        return self._drop.ready(fetch.index, fetch.lines)
+        return self._drop.ready(fetch.index, fetch.lines, len(self._lines) // SHORTEST_FETCH)
 
     def _refusal(self, refusal: Refusal) -> None:
         if refusal.reason in RECORDED:

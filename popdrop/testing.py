@@ -151,6 +151,16 @@ class MemoryDrop:
             verify=verify,
         )
 
+    def reach(self, index: int, count: int) -> int:
+        """As `IBlockingMaildrop.reach`."""
+        following = range(index + 1, min(index + count + 1, len(self._messages)))
+        octets = len(self._messages[index])
+        for row in following:
+            if (row in self.verified) != (index in self.verified):
+                break
+            octets += len(self._messages[row])
+        return octets
+
     def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
         """As `IBlockingMaildrop.commit`."""
         if deleted:

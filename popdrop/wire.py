@@ -105,7 +105,6 @@ class Lines:
 
 
 _CONTROL = re.compile(rb"[\x00-\x1f\x7f]").search
-_NUMBER = re.compile(rb"[0-9]{1,10}").fullmatch
 
 
 def has_control(line: bytes) -> bool:
@@ -118,7 +117,7 @@ def number(word: bytes) -> int | None:
 
     `int` alone would take signs, blanks, underscores and other scripts' digits.
     """
-    return int(word) if _NUMBER(word) else None
+    return int(word) if word.isdigit() and len(word) <= 10 else None
 
 
 _find: Final = search.IN_USE.find

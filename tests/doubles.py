@@ -98,7 +98,7 @@ class Drop:
         self.listing = self.whole
         self.listing = self.listing.with_ids(b"id%d" % i for i in range(len(self.messages)))
 
-    def ready(self, index: int, lines: int | None) -> bytes | None:
+    def ready(self, index: int, lines: int | None, ahead: int = 0) -> bytes | None:
         assert self.listing.measured, "where the messages lie is not known yet"
         if not self.hot:
             return None

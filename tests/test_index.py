@@ -373,6 +373,34 @@ class TrustTests(IndexCase):
         drop.release()
         self.same_as_fresh()
 
+    def test_one_look_speaks_for_what_is_as_well_known(self) -> None:
+        """Old mail behind which some came is compared first, 1 MiB at a time; the new was seen."""
+        self.patch(drop_module, "VERIFIED_AT_ONCE", 2 * len(message(0, b"body 0\n")))
+        self.begin(6)
+        self.append(message(8) + message(9))
+        drop = self.make().open(BOB)
+        drop.measure()
+        spans = drop._spans
+
+        def reached(index: int, count: int = 9) -> list[int]:
+            stop = drop.source(index).offset + drop.reach(index, count)
+            ends = [spans.stop(row) for row in range(len(spans))]
+            self.assertIn(stop, ends)
+            return [ends.index(stop), drop.source(index).unchanged()]
+
+        self.assertEqual(reached(2), [5, False])
+        self.assertEqual(reached(6), [7, True])
+        self.assertEqual(reached(6, 0), [6, True])
+        drop.source(2).verify()
+        self.assertEqual(reached(1), [1, False])
+        self.assertEqual(reached(2), [3, True])
+        self.assertEqual(reached(2, 1), [3, True])
+        self.assertEqual(reached(4), [5, False])
+        # Changed by nobody yet: all that was looked at is in one and the same state.
+        drop.source(4).verify()
+        self.assertEqual(reached(4), [7, True])
+        drop.release()
+
     def test_written_a_moment_ago(self) -> None:
         """What would not show in the file's times is looked at again."""
         self.begin(6)

@@ -10,6 +10,7 @@ from twisted.internet import reactor
 from twisted.internet.defer import CancelledError, Deferred
 from twisted.trial.unittest import TestCase
 
+from popdrop import inthreads
 from popdrop.errors import Busy, InUse, PermanentFailure, PopdropError, TemporaryFailure
 from popdrop.inthreads import COLD_BLOCK, HOT_LIMIT, InThreads
 from popdrop.stores.mbox.locks import SpoolLocks
@@ -69,6 +70,76 @@ class InThreadsTests(TestCase):
         self.assertEqual(await self.octets(drop, 1, 1), top)
         self.assertIn(drop.ready(1, 1), (top, None))
         await drop.release()
+
+    def reads(self) -> list[int]:
+        """Octets of each read in the reactor from now on."""
+        counts: list[int] = []
+        read = os.preadv
+
+        def counted(fd: int, buffers: Any, offset: int, flags: int = 0) -> int:
+            # Not every file system knows RWF_NOWAIT: that of memfd_create(2) does not.
+            counts.append(read(fd, buffers, offset))
+            return counts[-1]
+
+        self.patch(os, "preadv", counted)
+        return counts
+
+    async def test_what_waiting_commands_ask_for_is_read_along(self) -> None:
+        messages = [b"A: %d\n\n%s" % (i, b"%07d\n" % i * (500 * i)) for i in range(12)]
+        sent = [message.replace(b"\n", b"\r\n") + b".\r\n" for message in messages]
+        drop: Any = await self.store(MemoryStore({"bob": messages})).open(BOB)
+        counts = self.reads()
+        for index, octets in enumerate(sent):
+            self.assertEqual(drop.ready(index, None, 11 - index), octets)
+        # 128 KiB hold the first eight.
+        self.assertEqual(len(counts), 3)
+        self.assertEqual(drop.ready(3, None, 5), sent[3])  # not the next one: alone
+        self.assertEqual(counts[3:], [len(messages[3])])
+        self.assertEqual(drop.ready(4, 0, 1), b"A: 4\r\n\r\n.\r\n")
+        self.assertEqual(drop.ready(5, None, 0), sent[5])
+        self.assertEqual(counts[4:], [len(messages[4] + messages[5])])
+        await drop.release()
+
+    async def test_what_is_read_along_is_forgotten_when_the_file_may_have_changed(self) -> None:
+        messages = [b"A: %d\n\nx\n" % i for i in range(9)]
+        store = MemoryStore({"bob": messages, "eve": messages[::-1]})
+        drop: Any = await self.store(store).open(BOB)
+        other: Any = await self.store(store).open(Owner("eve"))
+        counts = self.reads()
+        drop.ready(0, None, 8)
+        drop.ready(1, None, 7)
+        self.assertEqual(len(counts), 1)
+        # Something was done in a thread, which may have found a new state of the file.
+        await drop.identify()
+        drop.ready(2, None, 6)
+        self.assertEqual(len(counts), 2)
+        # Another maildrop was read.
+        self.assertEqual(other.ready(0, None, 8), b"A: 8\r\n\r\nx\r\n.\r\n")
+        self.assertEqual(drop.ready(3, None, 5), b"A: 3\r\n\r\nx\r\n.\r\n")
+        self.assertEqual(other.ready(1, None, 7), b"A: 7\r\n\r\nx\r\n.\r\n")
+        self.assertEqual(len(counts), 5)
+        # A change is seen behind the read: none of what was read goes out.
+        read = drop.hot
+
+        def changed(*arguments: int) -> bytes | None:
+            block: bytes | None = read(*arguments)
+            drop._drop.verified.clear()
+            return block
+
+        drop.hot = changed
+        self.assertIsNone(drop.ready(4, None, 4))
+        drop.hot = read
+        self.assertIsNone(drop.ready(4, None, 4))
+        drop._drop.verified |= {4, 5}
+        drop.ready(4, None, 4)
+        self.assertEqual(len(counts), 8)
+        # What one look does not speak for is not taken along.
+        self.assertEqual(drop.ready(5, None, 3), b"A: 5\r\n\r\nx\r\n.\r\n")
+        self.assertEqual(len(counts), 8)
+        self.assertIsNone(drop.ready(6, None, 2))
+        await other.release()
+        await drop.release()
+        self.assertIsNone(inthreads._window.get(other, 0, 1))
 
     async def test_a_busy_lock_is_waited_for(self) -> None:
         store = MemoryStore({"bob": [b"x\n"]})

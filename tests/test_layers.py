@@ -50,7 +50,7 @@ _TABLE = """
 0   stores.uidl stores.mbox.spans search
 1   inherited
 0   ops.wholefile
-0   errors listing values places sending asowner notify accounts.dbmfiles accounts.webclient
+0   errors listing values places hot sending asowner notify accounts.dbmfiles accounts.webclient
 6   accounts.helperclient
 5   accounts.selfservice accounts.helperslot
 3   accounts.helperspools handing

@@ -454,26 +454,40 @@ class MboxDrop:
 
     def source(self, index: int) -> Source:
         """As `IBlockingMaildrop.source`."""
-        spans = self._spans
+        spans, spaced = self._spans, self._store.spaced
         altered = spans.altered[index]
         return Source(
-            fd=self._spool.fd,
-            offset=spans.offset(index),
-            length=spans.lengths[index],
-            octets=spans.sizes[index],
+            self._spool.fd,
+            spans.starts[index] + spans.heads[index],
+            spans.lengths[index],
+            spans.sizes[index],
             # Most mail goes out as it lies there: nothing need be looked for in it.
-            strip=self._store.strip if altered & FIELDS else _NO_FIELDS,
-            unquote=altered & QUOTED > 0,
-            spaced=self._store.spaced,
-            unchanged=partial(self._is_unchanged, index),
-            verify=partial(self._verify, index),
-            read=partial(self._read_again, index),
+            self._store.strip if altered & FIELDS else _NO_FIELDS,
+            altered & QUOTED > 0,
+            spaced,
+            partial(self._is_unchanged, index),
+            partial(self._verify, index),
+            partial(self._read_again, index),
         )
 
-    def _is_unchanged(self, index: int) -> bool:
+    def reach(self, index: int, count: int) -> int:
+        """As `IBlockingMaildrop.reach`."""
+        spans = self._spans
+        last = min(index + count, len(spans) - 1)
+        if self._verified or index < self._proven:
+            expected = self._expected(index)
+            others = (row for row in range(index + 1, last + 1) if self._expected(row) != expected)
+            last = next(others, last + 1) - 1
+        return spans.stop(last) - spans.offset(index)
+
+    def _expected(self, index: int) -> Key | None:
+        """The state of the file that message `index` is known to be the same in."""
         believed = self._believed if index >= self._proven else None
+        return self._verified.get(index, believed)
+
+    def _is_unchanged(self, index: int) -> bool:
         try:
-            return key_of(self._spool.stat()) == self._verified.get(index, believed)
+            return key_of(self._spool.stat()) == self._expected(index)
         except OSError:
             return False
 
