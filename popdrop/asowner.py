@@ -13,6 +13,7 @@ import os
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
 
 @contextmanager
@@ -36,7 +37,7 @@ def as_user(uid: int, gid: int) -> Iterator[None]:
     The supplementary groups stay those of the process. Raises `PermissionError` where the system
     does not allow it; then nothing has been done with other rights than these.
     """
-    libc = ctypes.CDLL(None)
+    libc = _libc()
     group, user = libc.setfsgid(gid), libc.setfsuid(uid)
     try:
         # They report no error; asked for an id that there is not, they tell what holds.
@@ -46,6 +47,11 @@ def as_user(uid: int, gid: int) -> Iterator[None]:
     finally:
         libc.setfsuid(user)
         libc.setfsgid(group)
+
+
+@lru_cache(maxsize=1)
+def _libc() -> ctypes.CDLL:
+    return ctypes.CDLL(None)
 
 
 def _as_int(number: int) -> int:

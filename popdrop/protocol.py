@@ -380,7 +380,8 @@ class POP3Protocol(Protocol):
         self._progress = self.factory.clock.seconds()
         self._lines.clear()
         if farewell:
-            self.transport.write(farewell)
+            # With TLS that is one packet, and not two.
+            getattr(self.transport, "write_last", self.transport.write)(farewell)
         if self._registered:
             # A transport with a paused producer would wait for it and never close.
             self._registered = False

@@ -115,6 +115,18 @@ class PromptTLS(TLSMemoryBIOProtocol):
         elif data and not self.disconnecting:
             self._bufferedWrite(data)  # type: ignore[no-untyped-call]
 
+    def write_last(self, data: bytes) -> None:
+        """As `write`, but it goes out with what `loseConnection` says, which must come next."""
+        waits = self._appSendBuffer or self.disconnecting or self._lostTLSConnection
+        if waits or not self._handshakeDone or len(data) > RECORD:
+            self.write(data)
+            return
+        try:
+            self._tlsConnection.send(data)
+        except TLSError:
+            # It may have to wait for the client, or be an error: both are told again.
+            self.write(data)
+
     def _write(self, data: bytes) -> None:
         """As Twisted's, but a record is no copy first, and all go to the transport by one call.
 

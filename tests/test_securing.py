@@ -423,6 +423,38 @@ class WritingTests(SynchronousTestCase):
             self.assertEqual(self.transport.value(), self.sealed(*cuts))
             self.assertEqual(self.tls._appSendBuffer, [])
 
+    def end(self, takes: int, then: SSL.Error) -> list[bytes]:
+        """What the transport gets, write by write, for last words and the end."""
+        connection: Any = Sealing(takes, then)
+
+        def shutdown() -> bool:
+            connection.sealed += b"[end]"
+            return False
+
+        connection.shutdown = shutdown
+        self.tls._tlsConnection = connection
+        self.tls.connected = 1
+        written: list[bytes] = []
+        self.patch(self.transport, "write", written.append)
+        self.tls.write_last(b"+OK bye\r\n")
+        self.tls.loseConnection()  # type: ignore[no-untyped-call]
+        connection.takes = 9
+        if self.tls._appSendBuffer:
+            self.tls._unbufferPendingWrites()  # type: ignore[no-untyped-call]
+        return written
+
+    def test_last_words_go_out_with_the_end(self) -> None:
+        self.assertEqual(self.end(9, SSL.WantReadError()), [b"[+OK bye\r\n][end]"])
+
+    def test_last_words_that_wait(self) -> None:
+        """For the client's part of a renegotiation; the end waits for them."""
+        self.assertEqual(self.end(0, SSL.WantReadError()), [b"[+OK bye\r\n]", b"[end]"])
+
+    def test_last_words_and_an_error(self) -> None:
+        self.assertNotIn(b"bye", b"".join(self.end(0, SSL.Error([("", "", "wrong")]))))
+        self.assertTrue(self.tls._lostTLSConnection)
+        self.assertTrue(self.transport.disconnecting)
+
     def test_an_error_ends_it(self) -> None:
         """What was sealed before is sent, and nothing behind it."""
         self.write(2, SSL.Error([("", "", "wrong")]))
