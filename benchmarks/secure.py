@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from benchmarks.peers import Dovecot, DovecotTuned, Peer, Popdrop
-from benchmarks.process import free_port
+from benchmarks.process import free_port, start
+
+HERE = Path(__file__).resolve().parent.parent
 
 KEYS = {
     "RSA-2048": ("rsa:2048",),
@@ -58,7 +62,26 @@ class SecureDovecotTuned(SecureDovecot, DovecotTuned):
     """Its login process lives on, and so the tickets that it has given stay good."""
 
 
+class SecureCanned(Secure):
+    """Twisted's own TLS with ready-made answers: what no POP3 server in Twisted goes below."""
+
+    key = "canned-twisted"
+    title = "Canned Twisted"
+    maildrops = False
+
+    def spawn(self) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "benchmarks.canned"]
+        command += [str(self.port), str(self.tls_port), str(self.pem)]
+        return start(command, self.core, log=self.log, cwd=HERE)
+
+    def place(self, source: Path, user: str) -> None:
+        pass
+
+    def version(self) -> str:
+        return f"Twisted {version('twisted')}"
+
+
 SERVERS: dict[str, type[Secure]] = {
-    kind.key: kind for kind in (SecurePopdrop, SecureDovecotTuned, SecureDovecot)
+    kind.key: kind for kind in (SecurePopdrop, SecureDovecotTuned, SecureDovecot, SecureCanned)
 }
 """By key."""

@@ -42,10 +42,13 @@ BOUND = 0.9
 BUSY = 0.2
 """Cores used by others, above which the figures say little (benchmarks/README.md)."""
 VERSIONS = {"1.2": ssl.TLSVersion.TLSv1_2, "1.3": ssl.TLSVersion.TLSv1_3}
-OURS, BASE = "popdrop", "dovecot-tuned"
+OURS, BASE, CANNED = "popdrop", "dovecot-tuned", "canned-twisted"
 RSA = "RSA-2048"
 WHOLE = ((RSA, "full", 1.0), ("ECDSA P-256", "full", 0.8), ("ECDSA P-256", "resumed", 0.5))
 """What was aimed at, in ms, where Dovecot tuned took 1.57 to 1.74 with RSA."""
+
+LIMIT = ("canned Twisted", "resumed", 0.0)
+"""Beside the last: the same key and way where nothing is done. Nothing was aimed at."""
 
 Measured = tuple[float, float]
 """A figure, and the share of its core that the client used."""
@@ -63,6 +66,8 @@ class Figure:
     less_is_better: bool = True
     target: tuple[float, float] | None = None
     """The same twice, or the range that follows from the range of the peer's figure."""
+    mail: bool = False
+    """Whether a maildrop is needed: ready-made answers have none."""
     more: tuple[tuple[str, bool], ...] = ()
     """Rows of what the same run has also told, less being better; whether they have a ratio."""
 
@@ -128,6 +133,7 @@ def figures(sort: str, count: int, messages: int) -> Iterator[Figure]:
             partial(fetched, version, user, number),
             less_is_better=False,
             target=(target, target),
+            mail=True,
             more=(("  server, CPU s/GB", True), ("  client, % of its core", False)),
         )
 
@@ -135,7 +141,8 @@ def figures(sort: str, count: int, messages: int) -> Iterator[Figure]:
 def take_turns(figure: Figure, servers: Sequence[Secure], runs: int) -> list[Found]:
     """All runs of one figure, one server after another in each; for each of its rows."""
     rows: list[dict[str, list[Measured] | str]] = [
-        {server.key: [] for server in servers} for _ in (figure.title, *figure.more)
+        {server.key: [] if server.maildrops or not figure.mail else "-" for server in servers}
+        for _ in (figure.title, *figure.more)
     ]
     for number in range(runs + 1):
         for server in servers:
@@ -278,22 +285,26 @@ def _table(sort: str, given: argparse.Namespace) -> bool:
 
 
 def _beside_rsa(given: argparse.Namespace) -> None:
-    """Sessions with both sorts of key beside Dovecot's with RSA, as the targets were set."""
+    """Sessions with both sorts of key beside Dovecot's with RSA, as the targets were set.
+
+    And what a resumed one takes in Twisted without any work behind it.
+    """
     print("\nSessions of Popdrop's beside a whole one of Dovecot tuned with RSA-2048, by turns")
     with ExitStack() as stack:
         place = partial(_start, messages=MESSAGES, big=MESSAGES, stack=stack)
         ours = {sort: server for sort in KEYS for server in place(sort, [OURS])}
-        theirs = place(RSA, [BASE])
-        if len(ours) < len(KEYS) or not theirs:
+        theirs, canned = place(RSA, [BASE]), place(WHOLE[-1][0], [CANNED])
+        if len(ours) < len(KEYS) or not theirs or not canned:
             return
         for name, version in VERSIONS.items():
             run = partial(sessions, version, count=given.sessions)
             calls = [partial(run, "full", server=theirs[0])]
             calls += [partial(run, way, server=ours[sort]) for sort, way, _ in WHOLE]
+            calls.append(partial(run, WHOLE[-1][1], server=canned[0]))
             runs = [[call()[0][0] for call in calls] for _ in range(given.runs + 1)][1:]
             base, *found = (median(each) for each in zip(*runs, strict=True))
-            for (sort, way, wanted), middle in zip(WHOLE, found, strict=True):
-                target = f"at most {wanted / 1.74:.2f}-{wanted / 1.57:.2f}"
+            for (sort, way, wanted), middle in zip((*WHOLE, LIMIT), found, strict=True):
+                target = f"at most {wanted / 1.74:.2f}-{wanted / 1.57:.2f}" if wanted else ""
                 cells = [f"{middle:.3g}", f"{base:.3g}"]
                 ratio = f"{middle / base:.2f}" if base else "-"
                 print(_row(f"{sort}, {way} {name}, CPU ms", cells, [ratio, "", target]))

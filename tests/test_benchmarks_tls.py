@@ -7,6 +7,7 @@ import mailbox
 import os
 import socket
 import ssl
+import sys
 from contextlib import redirect_stdout
 from io import StringIO
 from itertools import accumulate
@@ -21,8 +22,8 @@ from twisted.trial.unittest import SynchronousTestCase
 from benchmarks import tls, visitor
 from benchmarks.__main__ import CLASSES
 from benchmarks.corpus import write_message
-from benchmarks.process import Failed, Machine
-from benchmarks.secure import SERVERS, Secure
+from benchmarks.process import Failed, Machine, free_port, start, stop, wait_for_greeting
+from benchmarks.secure import HERE, SERVERS, Secure
 from benchmarks.visitor import NotResumed, Visitor, crowd
 from tests.test_benchmarks import MESSAGES, PASSWORD, Handler, Maildrop, Server, running
 
@@ -189,6 +190,44 @@ replies = st.lists(
 )
 
 
+class CannedTests(SynchronousTestCase):
+    """Ready-made answers."""
+
+    def test_all_ways(self) -> None:
+        """Plain, whole and resumed, and a look; the server takes each ticket."""
+        pem = Path(self.mktemp())
+        certificate = trustme.CA().issue_cert("localhost")
+        pem.write_bytes(certificate.private_key_and_cert_chain_pem.bytes())
+        server = Scripted(free_port(), free_port())
+        command = [sys.executable, "-m", "benchmarks.canned"]
+        command += [str(server.port), str(server.tls_port), str(pem.resolve())]
+        log = Path(self.mktemp())
+        child = start(command, os.sched_getaffinity(0), log=log, cwd=HERE)
+        self.addCleanup(stop, child)
+        wait_for_greeting(child, server.port, log)
+        for version in (None, V12, V13):
+            visitor = Visitor(server, "u", version)
+            crowd([iter([visitor.visit(), visitor.look_in(), visitor.visit()])])
+            if version is not None:
+                guest = Visitor(server, "u", version, resume=True)
+                crowd([(guest.visit() for _ in range(3))])
+
+    def test_no_mail(self) -> None:
+        """What needs a maildrop is not asked of it, and no figure stands there."""
+        asked: list[str] = []
+
+        def measure(server: Secure) -> tuple[tuple[float, float], ...]:
+            asked.append(server.key)
+            return ((1.0, 0.0),)
+
+        servers = [Scripted(0, 0), Scripted(0, 0, "canned-twisted")]
+        servers[1].maildrops = False
+        for mail, wanted in ((True, "-"), (False, "1.00")):
+            (found,) = tls.take_turns(tls.Figure("x", measure, mail=mail), servers, 1)
+            self.assertEqual(tls.cell(found["canned-twisted"]), wanted)
+        self.assertEqual(asked, ["popdrop"] * 2 + ["popdrop", "canned-twisted"] * 2)
+
+
 class RetrieveTests(SynchronousTestCase):
     """Ends of messages, wherever a read ends."""
 
@@ -349,4 +388,5 @@ class OptionsTests(SynchronousTestCase):
         self.assertEqual(tls._known(",".join(SERVERS)), list(SERVERS))
         self.assertRaises(argparse.ArgumentTypeError, tls._known, "popdrop,canned")
         for key, kind in SERVERS.items():
-            self.assertIn(CLASSES[key], kind.__mro__)
+            if kind.maildrops:
+                self.assertIn(CLASSES[key], kind.__mro__)
