@@ -24,6 +24,8 @@ RECORD: Final = 16_384
 """Octets of mail that a record of TLS holds at most (RFC 8446 section 5.1)."""
 HEADER: Final = 5
 """Octets of a record before what it holds: its type, a version and its length."""
+LONGEST: Final = RECORD + 2048
+"""Octets of a record behind its header, encrypted (RFC 5246 section 6.2.3; less in TLS 1.3)."""
 SEALED: Final = 2 * RECORD
 """Octets to ask OpenSSL for behind each: the record, and what else it may have to say."""
 
@@ -39,14 +41,19 @@ class Records:
     def feed(self, data: bytes) -> int | None:
         """How many records end in these octets, which follow those before; `None`: not known.
 
-        Known no more once a header was cut in two, which hardly ever happens.
+        Known no more once a header was cut in two, which hardly ever happens, or says what none may
+        say: OpenSSL will refuse that, and does so before all of it has come.
         """
         place, size = self._missing, len(data)
         if place is None:
             return None
         ended = 1 if 0 < place <= size else 0
         while place + HEADER <= size:
-            place += HEADER + (data[place + 3] << 8 | data[place + 4])
+            length = data[place + 3] << 8 | data[place + 4]
+            if length > LONGEST:
+                self._missing = None
+                return None
+            place += HEADER + length
             ended += place <= size
         self._missing = place - size if place >= size else None
         return None if self._missing is None else ended

@@ -215,6 +215,23 @@ class SecuringTests(TestCase):
         self.assertEqual(b"".join(heard), b"".join(lines))
         self.assertLessEqual(len(heard), 2)
 
+    async def test_what_is_no_record_behind_the_handshake(self) -> None:
+        """It ends the connection at once: nobody waits for 64 KiB that a wrong length promises."""
+
+        def talk() -> None:
+            client = self.client()
+            client.recv(100)
+            raw = socket.socket(fileno=client.detach())
+            self.addCleanup(raw.close)
+            raw.settimeout(TIMEOUT)
+            raw.sendall(b"\x17\x03\x03\xff\xff" + bytes(95))
+            with contextlib.suppress(ConnectionError):
+                while raw.recv(1000):
+                    pass
+
+        await deferToThread(talk)
+        self.assertIsInstance(await self.reason(), SSL.Error)
+
     async def test_new_keys(self) -> None:
         """KeyUpdate (RFC 8446 section 4.6.3) holds no octets, and wants an answer."""
         try:
@@ -349,6 +366,12 @@ class RecordsTests(SynchronousTestCase):
             self.assertIsNone(records.feed(record(8) + record(8)[:cut]))
             self.assertIsNone(records.feed(record(8)[cut:]))
             self.assertIsNone(records.feed(record(8)))
+
+    def test_longer_than_any_may_be(self) -> None:
+        """16,384 octets and 2,048 for what encryption adds (RFC 5246 section 6.2.3)."""
+        self.assertEqual(Records().feed(record(18_432)), 1)
+        self.assertEqual(Records().feed(record(18_432)[:100]), 0)
+        self.assertIsNone(Records().feed(record(18_433)[:100]))
 
     @given(st.lists(st.integers(0, 40), max_size=6), st.lists(st.integers(1, 60), max_size=12))
     def test_any_cuts(self, lengths: list[int], cuts: list[int]) -> None:
