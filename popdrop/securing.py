@@ -85,6 +85,7 @@ class PromptTLS(TLSMemoryBIOProtocol):
     def _flushReceiveBIO(self) -> None:
         """As Twisted's, but all that came goes to the protocol by one call.
 
+        So commands before what is no TLS are done, but not answered: there is nobody to answer.
         Where each record that came has given octets of the client's, none is left and OpenSSL has
         nothing to say: it is not asked whether that is so. To be told twice by an exception was a
         tenth of RETR over TLS, 32 in flight.
@@ -129,9 +130,11 @@ class PromptTLS(TLSMemoryBIOProtocol):
             self.write(data)
             return
         try:
-            self._tlsConnection.send(data)
+            # A client may want short records (RFC 6066 section 4): then this is the first of some.
+            data = data[self._tlsConnection.send(data) :]
         except TLSError:
-            # It may have to wait for the client, or be an error: both are told again.
+            pass  # It may have to wait for the client, or be an error: both are told again.
+        if data:
             self.write(data)
 
     def _write(self, data: bytes) -> None:
@@ -164,6 +167,7 @@ class PromptTLS(TLSMemoryBIOProtocol):
     def connectionLost(self, reason: Failure = connectionDone) -> None:
         """As `IProtocol.connectionLost`. TLS that was cut short is no news where we had closed."""
         if not (self._lostTLSConnection or self.disconnecting):
+            self._whole = None
             self._tlsConnection.bio_shutdown()
             self._flushReceiveBIO()
         self._lostTLSConnection = True

@@ -10,7 +10,7 @@ import subprocess
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from itertools import accumulate, cycle, pairwise
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 from unittest import SkipTest
 
 from hypothesis import given
@@ -215,6 +215,41 @@ class SecuringTests(TestCase):
         self.assertEqual(b"".join(heard), b"".join(lines))
         self.assertLessEqual(len(heard), 2)
 
+    def s_client(self, *options: str) -> Any:
+        """`openssl s_client`, which can what Python's client cannot."""
+        where = "{}:{}".format(*self.address)
+        command = ["openssl", "s_client", "-connect", where, *options]
+        try:
+            child = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1)
+        except FileNotFoundError:
+            raise SkipTest("openssl is not installed") from None
+        self.addCleanup(child.communicate)
+        self.addCleanup(child.kill)
+        return child
+
+    async def test_short_records(self) -> None:
+        """A client may want them (RFC 6066 section 4): the last reply is whole all the same."""
+        last = b"".join(b"+OK %d\r\n" % number for number in range(1000))
+
+        def answer(speaker: Any, data: bytes) -> None:
+            speaker.transport.write_last(last)
+            speaker.transport.unregisterProducer()
+            speaker.transport.loseConnection()
+
+        self.factory.answer = answer
+        for version in ("-tls1_2", "-tls1_3"):
+            self.factory.lost = Deferred()
+            child = self.s_client("-quiet", "-maxfraglen", "512", version)
+
+            def talk(child: Any = child) -> bytes:
+                child.stdin.write(b"QUIT\n")
+                child.stdin.flush()
+                said: bytes = child.stdout.read()
+                return said
+
+            self.assertEqual(await deferToThread(talk), b"+OK\r\n" + last)
+            await self.reason()
+
     async def test_what_is_no_record_behind_the_handshake(self) -> None:
         """It ends the connection at once: nobody waits for 64 KiB that a wrong length promises."""
 
@@ -234,17 +269,10 @@ class SecuringTests(TestCase):
 
     async def test_new_keys(self) -> None:
         """KeyUpdate (RFC 8446 section 4.6.3) holds no octets, and wants an answer."""
-        try:
-            where = "{}:{}".format(*self.address)
-            command = ["openssl", "s_client", "-brief", "-connect", where]
-            child = subprocess.Popen(command, stdin=-1, stdout=-1, stderr=-1)
-        except FileNotFoundError:
-            raise SkipTest("openssl is not installed") from None
-        self.addCleanup(child.communicate)
-        self.addCleanup(child.kill)
+        child = self.s_client("-brief")
 
         def talk() -> list[bytes]:
-            stdin, stdout, stderr = cast(Any, (child.stdin, child.stdout, child.stderr))
+            stdin, stdout, stderr = child.stdin, child.stdout, child.stderr
             told = [stdout.readline()]
             # Alone on a line: K wants the server to change its keys, too.
             for line in (b"one", b"K", b"two", b"k", b"three", b"K", b"four"):
@@ -396,6 +424,8 @@ class RecordsTests(SynchronousTestCase):
 class Sealing:
     """An OpenSSL that takes so many records, each sealed by brackets, and then no more."""
 
+    most = RECORD
+
     def __init__(self, takes: int, then: SSL.Error) -> None:
         self.takes, self.then = takes, then
         self.sealed = b""
@@ -404,8 +434,9 @@ class Sealing:
         if not self.takes:
             raise self.then
         self.takes -= 1
-        self.sealed += b"[%b]" % octets
-        return len(octets)
+        taken = octets[: self.most]
+        self.sealed += b"[%b]" % taken
+        return len(taken)
 
     def bio_read(self, size: int) -> bytes:
         out, self.sealed = self.sealed[:size], self.sealed[size:]
@@ -446,9 +477,10 @@ class WritingTests(SynchronousTestCase):
             self.assertEqual(self.transport.value(), self.sealed(*cuts))
             self.assertEqual(self.tls._appSendBuffer, [])
 
-    def end(self, takes: int, then: SSL.Error) -> list[bytes]:
+    def end(self, takes: int, then: SSL.Error, most: int = RECORD) -> list[bytes]:
         """What the transport gets, write by write, for last words and the end."""
         connection: Any = Sealing(takes, then)
+        connection.most = most
 
         def shutdown() -> bool:
             connection.sealed += b"[end]"
@@ -459,6 +491,7 @@ class WritingTests(SynchronousTestCase):
         self.tls.connected = 1
         written: list[bytes] = []
         self.patch(self.transport, "write", written.append)
+        self.patch(self.transport, "writeSequence", written.extend)
         self.tls.write_last(b"+OK bye\r\n")
         self.tls.loseConnection()  # type: ignore[no-untyped-call]
         connection.takes = 9
@@ -468,6 +501,11 @@ class WritingTests(SynchronousTestCase):
 
     def test_last_words_go_out_with_the_end(self) -> None:
         self.assertEqual(self.end(9, SSL.WantReadError()), [b"[+OK bye\r\n][end]"])
+
+    def test_last_words_in_short_records(self) -> None:
+        """As a client may want them (RFC 6066 section 4)."""
+        said = b"".join(self.end(9, SSL.WantReadError(), 4))
+        self.assertEqual(said, b"[+OK ][bye\r][\n][end]")
 
     def test_last_words_that_wait(self) -> None:
         """For the client's part of a renegotiation; the end waits for them."""
