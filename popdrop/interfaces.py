@@ -124,11 +124,12 @@ class IBlockingMaildrop(Interface):
     def source(index: int) -> Source:
         """Where message `index` (0-based) lies. Does no input or output."""
 
-    def reach(index: int, count: int) -> int:
+    def reach(index: int, count: int, octets: int) -> int:
         """Octets from where message `index` lies to the end of the `count` messages behind it.
 
         Of fewer, where the maildrop ends, or the `unchanged` of message `index` does not speak for
-        those that follow. 0 where each message is a file. As cheap as `source`.
+        those that follow. 0 where each message is a file. More than `octets` are of no use: what
+        begins so far behind need not be looked at. As cheap as `source` for each of the messages.
         """
 
     def commit(deleted: Collection[int], seen: Collection[int] = ()) -> None:

@@ -22,7 +22,7 @@ from twisted.python.failure import Failure
 from zope.interface import implementer
 
 from popdrop.errors import Busy, InUse, PopdropError, TemporaryFailure
-from popdrop.hot import Window
+from popdrop.hot import AT_ONCE, Window
 from popdrop.interfaces import (
     IBlockingMaildrop,
     IBlockingStore,
@@ -227,7 +227,8 @@ class ThreadedDrop:
         block = _window.get(self, source.offset, wanted)
         if block is None:
             # Who asks in another order is not read for in this one.
-            reach = self._drop.reach(index, ahead) if ahead and index == self._following else 0
+            goes_on = ahead and index == self._following
+            reach = self._drop.reach(index, ahead, AT_ONCE) if goes_on else 0
             block = self.hot(source.fd, source.offset, wanted, reach)
             # Looked at behind the read: what was written before it would show.
             if block is None or len(block) < wanted or not source.unchanged():

@@ -151,15 +151,15 @@ class MemoryDrop:
             verify=verify,
         )
 
-    def reach(self, index: int, count: int) -> int:
+    def reach(self, index: int, count: int, octets: int) -> int:
         """As `IBlockingMaildrop.reach`."""
         following = range(index + 1, min(index + count + 1, len(self._messages)))
-        octets = len(self._messages[index])
+        reached = len(self._messages[index])
         for row in following:
-            if (row in self.verified) != (index in self.verified):
+            if reached >= octets or (row in self.verified) != (index in self.verified):
                 break
-            octets += len(self._messages[row])
-        return octets
+            reached += len(self._messages[row])
+        return reached
 
     def commit(self, deleted: Collection[int], seen: Collection[int] = ()) -> None:
         """As `IBlockingMaildrop.commit`."""
@@ -268,6 +268,20 @@ class StoreContract(_Base):
         self.assertEqual(sizes, [len(octets) for octets in sent])
         self.assertEqual([drop.source(i).octets for i in range(len(sent))], sizes)
         self.assertEqual(drop.listing.octets, sum(sizes))
+
+    def test_reach(self) -> None:
+        """From the message on, whole ones, of as many as are asked for, and not of many more."""
+        self.fill()
+        drop = self.opened()
+        sources = [drop.source(index) for index in range(len(drop.listing))]
+        for index, source in enumerate(sources):
+            for count in range(len(sources) + 1):
+                reached = [drop.reach(index, count, octets) for octets in (1, 40, 1 << 40)]
+                self.assertEqual(reached, sorted(reached))
+                self.assertTrue(reached[2] == 0 or reached[0] >= source.length)
+                behind = sources[index + count + 1 :]
+                if reached[2] and behind:
+                    self.assertLessEqual(source.offset + reached[2], behind[0].offset)
 
     def test_exclusive(self) -> None:
         """A second session is refused until the first is released; other owners are not."""

@@ -383,7 +383,7 @@ class TrustTests(IndexCase):
         spans = drop._spans
 
         def reached(index: int, count: int = 9) -> list[int]:
-            stop = drop.source(index).offset + drop.reach(index, count)
+            stop = drop.source(index).offset + drop.reach(index, count, 1 << 20)
             ends = [spans.stop(row) for row in range(len(spans))]
             self.assertIn(stop, ends)
             return [ends.index(stop), drop.source(index).unchanged()]
@@ -399,6 +399,34 @@ class TrustTests(IndexCase):
         # Changed by nobody yet: all that was looked at is in one and the same state.
         drop.source(4).verify()
         self.assertEqual(reached(4), [7, True])
+        drop.release()
+
+    def test_what_is_out_of_reach_is_not_looked_at(self) -> None:
+        """A client may have thousands of commands wait: that must not cost thousands of looks."""
+        octets = message(0, b"x" * 70_000 + b"\n") + b"".join(map(message, range(1, 600)))
+        self.write(octets)
+        self.visit()
+        self.append(message(8))
+        drop = self.make().open(BOB)
+        drop.measure()
+        drop.source(599).verify()
+        looks: list[int] = []
+        expected = drop._expected
+
+        def counted(index: int) -> object:
+            looks.append(index)
+            return expected(index)
+
+        self.patch(drop, "_expected", counted)
+        size = len(message(1))
+        drop.reach(0, 8000, 70_000)
+        self.assertLessEqual(len(looks), 2)
+        looks.clear()
+        drop.reach(1, 8000, 10 * size)
+        self.assertLessEqual(len(looks), 12)
+        looks.clear()
+        drop.reach(1, 8000, 300 * size)
+        self.assertGreater(len(looks), 250)
         drop.release()
 
     def test_written_a_moment_ago(self) -> None:

@@ -14,6 +14,7 @@ import errno
 import os
 import shlex
 import time
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -470,10 +471,11 @@ class MboxDrop:
             partial(self._read_again, index),
         )
 
-    def reach(self, index: int, count: int) -> int:
+    def reach(self, index: int, count: int, octets: int) -> int:
         """As `IBlockingMaildrop.reach`."""
         spans = self._spans
-        last = min(index + count, len(spans) - 1)
+        stop = min(index + count + 1, len(spans))
+        last = bisect_left(spans.starts, spans.offset(index) + octets, index + 1, stop) - 1
         if self._verified or index < self._proven:
             expected = self._expected(index)
             others = (row for row in range(index + 1, last + 1) if self._expected(row) != expected)
