@@ -27,7 +27,13 @@ from twisted.cred.checkers import ICredentialsChecker
 from twisted.cred.credentials import IUsernameHashedPassword, IUsernamePassword
 from twisted.cred.portal import Portal
 from twisted.cred.strcred import InvalidAuthArgumentString, InvalidAuthType, makeChecker
-from twisted.internet.defer import Deferred, gatherResults, maybeDeferred, succeed
+from twisted.internet.defer import (
+    Deferred,
+    DeferredList,
+    gatherResults,
+    maybeDeferred,
+    succeed,
+)
 from twisted.internet.error import ReactorNotRunning
 from twisted.internet.interfaces import IListeningPort
 from twisted.internet.task import LoopingCall
@@ -1091,10 +1097,7 @@ class Popdrop(Service):
         notify.tell(notify.STOPPING)
         if self._looking is not None and self._looking.running:
             self._looking.stop()
-        ports = [port for port in self._ports if IListeningPort.providedBy(port)]
-        await gatherResults([maybeDeferred(port.stopListening) for port in ports])
-        if self._relay is not None:
-            await self._relay.close_doors()
+        await self._stop_listening()
         grace = self._options["grace"]
         if self._workers is not None:
             await self._workers.stop(grace)
@@ -1107,6 +1110,16 @@ class Popdrop(Service):
         if self._living is not None and self._living.running:
             self._living.stop()
         self.discard()
+
+    async def _stop_listening(self) -> None:
+        """Whatever one port says: sessions are ended well, and deletions awaited."""
+        ports = [port for port in self._ports if IListeningPort.providedBy(port)]
+        doors = () if self._relay is None else (self._relay.close_doors,)
+        for calls in ([port.stopListening for port in ports], doors):
+            closing = DeferredList([maybeDeferred(call) for call in calls], consumeErrors=True)
+            for well, told in await closing:
+                if not well:
+                    log.failure("a port was not closed well", failure=cast("Failure", told))
 
     def _signalled_again(self, number: int, frame: object) -> None:
         self._reactor.callFromThread(self.hurry)

@@ -226,6 +226,32 @@ class StopTests(ServerCase):
     def test_sigint(self) -> None:
         self.stops(signal.SIGINT)
 
+    def stops_without(self, *options: str) -> None:
+        """The path of a Unix socket is gone: as little to be removed as one in root's folder."""
+        self.folder.spool("bob", mail(1, b"x" * 80 + b"\n") + mail(2))
+        path = self.folder.path / "socket"
+        given = [each.format(path=path) for each in options]
+        server = self.serve(*given, listen=("tcp:0:interface=127.0.0.1",))
+        reading = self.logged_in(server, b"RETR 1\r\n")
+        reading.line()
+        path.unlink()
+        server.process.send_signal(signal.SIGTERM)
+        reading.lines()
+        self.assertEqual(reading.rest(), FAREWELL)
+        self.assertEqual(server.process.wait(DEADLINE), -signal.SIGTERM)
+        said = server.stop()
+        self.assertNotIn("Traceback", said)
+        self.assertIn(f"{path}: is left behind: No such file", said)
+
+    def test_a_socket_that_cannot_be_removed(self) -> None:
+        self.stops_without("--listen", "unix:{path}")
+
+    def test_a_socket_behind_a_proxy_that_cannot_be_removed(self) -> None:
+        self.stops_without("--listen", "haproxy:unix:{path}")
+
+    def test_a_socket_of_the_relay_window_that_cannot_be_removed(self) -> None:
+        self.stops_without("--relay", "socketmap:unix:{path}")
+
     def test_a_deletion_is_awaited_beyond_the_grace(self) -> None:
         """And further signals change nothing."""
         server = self.serve("--hostname", "here.test", "--grace", "0", "--lock-timeout", "100")
