@@ -62,6 +62,7 @@ PROXY_MODE = "660"
 """Of a Unix socket behind `haproxy:` where no mode is named. With Twisted's 666 everybody on the
 machine could name any address as his own."""
 
+PATH_HINT = "another server has it (ss -lxp shows which), or it is no socket; choose another path"
 HINTS = {
     errno.EACCES: "a port below 1024 needs root or CAP_NET_BIND_SERVICE; or choose tcp:1110",
     errno.EADDRINUSE: "another server has it (ss -ltnp shows which); stop that or choose another",
@@ -269,6 +270,8 @@ def listen(
         if "lock" in words and not code:
             code = errno.EADDRINUSE  # Twisted's words where a Unix socket is another server's
         hint = HINTS.get(code, "see the string for --listen in the manual")
+        if code == errno.EADDRINUSE and "unix:" in listener.text:
+            hint = PATH_HINT
         told = ConfigError(f"{option}: cannot listen: {words}; {hint}")
         return Failure(told)  # type: ignore[no-untyped-call]
 

@@ -350,6 +350,9 @@ class Options(AuthOptionMixin, usage.Options):
                 f"--idle-timeout {self['idle-timeout']:g}: RFC 1939 wants {SHORTEST_IDLE} s at"
                 " least; add --allow-short-idle to have it all the same"
             )
+        for name in ("login-timeout", "idle-timeout"):
+            if self[name] <= 0:
+                raise usage.UsageError(f"--{name}: 0 would end each session; write 1 or more")
         if self["write-timeout"] < 1:
             raise usage.UsageError("--write-timeout: nobody reads as fast; write 1 or more")
         if self["workers"] and self["demo"]:

@@ -13,7 +13,7 @@ from ipaddress import ip_address, ip_network
 from typing import Final
 
 from popdrop.errors import ConfigError
-from popdrop.values import Account, Network, PeerFacts, Scope
+from popdrop.values import Account, Network, PeerFacts, Scope, network_of
 
 CLEARTEXT: Final = ("default", "never", "always", "local", "tls")
 """qpopper's five words of `clear-text-password`."""
@@ -156,7 +156,7 @@ class Timing:
 def network(option: str, text: str) -> Network:
     """One network in CIDR form, given for `option`. Raises `ConfigError`."""
     try:
-        return ip_network(text, strict=False)
+        return network_of(text)
     except ValueError:
         raise ConfigError(
             f"{option} {text}: not a network; write it as 192.0.2.0/24 or 2001:db8::/32"

@@ -207,6 +207,19 @@ def normalised(host: str) -> str:
     return str(address.ipv4_mapped or address)
 
 
+def network_of(text: str) -> Network:
+    """A network in CIDR form, or an address. Raises `ValueError`.
+
+    One of v4-mapped addresses is one of IPv4, as `normalised` has it: it would hold nobody.
+    """
+    found = ipaddress.ip_network(text, strict=False)
+    if isinstance(found, ipaddress.IPv6Network) and found.prefixlen >= 96:
+        mapped = found.network_address.ipv4_mapped
+        if mapped is not None:
+            return ipaddress.IPv4Network((mapped, found.prefixlen - 96))
+    return found
+
+
 _NO_BINDINGS: Final[Mapping[str, bytes]] = MappingProxyType({})
 """Of most connections: one for all."""
 

@@ -21,6 +21,7 @@ from twisted.internet.interfaces import IStreamServerEndpoint
 from twisted.internet.protocol import Factory, Protocol
 from twisted.internet.testing import MemoryReactorClock
 from twisted.internet.threads import deferToThread
+from twisted.logger import capturedLogs, formatEvent
 from twisted.python.util import sibpath
 from twisted.trial.unittest import SynchronousTestCase, TestCase
 from zope.interface.verify import verifyObject
@@ -28,6 +29,7 @@ from zope.interface.verify import verifyObject
 from popdrop import listeners
 from popdrop.certs import Keyring, self_made
 from popdrop.errors import ConfigError
+from popdrop.inherited import AdoptedUnixSocket
 from popdrop.listeners import Listener, from_spec, listen, normalised, peer_facts
 from tests.end_to_end.harness import DEADLINE
 
@@ -346,6 +348,34 @@ class SocketTests(TestCase):
         port = yield self.listen(f"ssl:0:privateKey={self.pem}:interface=127.0.0.1")
         answer = yield deferToThread(ask, "127.0.0.1", port, self.context)
         self.assertEqual(answer, "+OK 127.0.0.1\n")
+
+    @inlineCallbacks
+    def test_a_path_in_use(self):
+        """By another server, or by what is no socket."""
+        path = os.path.abspath(self.mktemp())
+        port = yield listen(from_spec(reactor, f"unix:{path}", Keyring()), Factory())
+        self.addCleanup(port.stopListening)
+        with open(path + ".file", "x"):
+            pass
+        for taken in (path, path + ".file"):
+            with self.assertRaises(ConfigError) as caught:
+                yield listen(from_spec(reactor, f"unix:{taken}", Keyring()), Factory())
+            self.assertIn("ss -lxp", str(caught.exception))
+
+    @inlineCallbacks
+    def test_the_log_stays_text(self):
+        """At the end of a socket of systemd's, too: grep(1) stops where a NUL is."""
+        path = os.path.abspath(self.mktemp())
+        with socket.socket(socket.AF_UNIX) as made:
+            made.bind(path)
+            made.listen()
+            adopted = AdoptedUnixSocket(reactor, os.dup(made.fileno()))
+            port = yield adopted.listen(Factory())
+            with capturedLogs() as events:
+                yield port.stopListening()
+        said = " ".join(formatEvent(event) for event in events)
+        self.assertIn(f"(UNIX Port {path} Closed)", said)
+        self.assertNotIn("\0", said)
 
     @inlineCallbacks
     def test_a_port_in_use(self):

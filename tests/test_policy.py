@@ -220,6 +220,19 @@ class FoldingTests(SynchronousTestCase):
 
 
 class NetworksTests(SynchronousTestCase):
+    def test_mapped_addresses(self) -> None:
+        """RFC 4291 section 2.5.5.2: they are those of IPv4, as clients' addresses are."""
+        for text, meant in (
+            ("::ffff:192.0.2.8", "192.0.2.8/32"),
+            ("::ffff:192.0.2.0/120", "192.0.2.0/24"),
+            ("::ffff:c000:208/128", "192.0.2.8/32"),
+            ("::ffff:0:0/96", "0.0.0.0/0"),
+            ("2001:db8::/32", "2001:db8::/32"),
+            ("::/0", "::/0"),
+        ):
+            self.assertEqual(str(rules.network("--deny-net", text)), meant)
+        self.assertTrue(rules.is_in("192.0.2.8", rules.networks("--deny-net", "::ffff:192.0.2.8")))
+
     def test_several(self) -> None:
         self.assertEqual(
             rules.networks("--networks", "192.0.2.0/24, 2001:db8::/32"),

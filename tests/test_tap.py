@@ -84,6 +84,8 @@ WRONG_OPTIONS = (
     (("--client-ca", "/x.pem", "--stls", "off"), "--client-ca /x.pem: no listener has TLS"),
     (("--client-ca", "/nonexistent.pem"), "--client-ca /nonexistent.pem: there is no"),
     (("--idle-timeout", "60"), "--allow-short-idle"),
+    (("--idle-timeout", "0", "--allow-short-idle"), "--idle-timeout: 0 would end each session"),
+    (("--login-timeout", "0"), "--login-timeout: 0 would end each session"),
     (("--session-log", "nonsense"), "--session-log"),
     (("--local-net", "10.0.0.0/99"), "--local-net 10.0.0.0/99"),
     (("--hostname", "a b"), "--hostname"),

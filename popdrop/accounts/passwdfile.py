@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ipaddress
 import os
 import stat
 import time
@@ -24,7 +23,7 @@ from popdrop.errors import (
     TemporaryFailure,
 )
 from popdrop.interfaces import IBackend
-from popdrop.values import Account, Network, Scope, Secret
+from popdrop.values import Account, Network, Scope, Secret, network_of
 
 log = Logger()
 
@@ -255,7 +254,7 @@ def _account(name: bytes, rest: list[bytes]) -> Account:
 
 def _network(text: str) -> Network:
     try:
-        return ipaddress.ip_network(text, strict=False)
+        return network_of(text)
     except ValueError:
         # Left out, it would let in more than the line says.
         raise _BadLine("allow_nets= holds something that is no network") from None

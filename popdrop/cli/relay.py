@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
-from ipaddress import ip_network
 from typing import Any, Final
 
 import click
@@ -14,7 +13,7 @@ from popdrop.accounts.database import Refused, shown
 from popdrop.cli.common import Fact, line, moment, print_json, print_table
 from popdrop.ops.grants import Grant, Grants
 from popdrop.places import default_state_dir
-from popdrop.values import Network
+from popdrop.values import Network, network_of
 
 _TITLES: Final = ("Client", "Until (UTC)", "Account ")
 
@@ -81,13 +80,9 @@ def end_grant(folder: str, client: str) -> None:
 def _network(text: str) -> Network:
     """An address or a network; a v4-mapped one is of IPv4. Raises `Refused`."""
     try:
-        found = ip_network(text.partition("%")[0], strict=False)
+        return network_of(text.partition("%")[0])
     except ValueError:
         raise Refused("no address; write it as 192.0.2.7, 2001:db8::7 or 2001:db8::/64") from None
-    mapped = getattr(found.network_address, "ipv4_mapped", None)
-    if mapped is not None and found.prefixlen >= 96:
-        return ip_network((mapped, found.prefixlen - 96))
-    return found
 
 
 def _overlap(one: Network, other: Network) -> bool:
