@@ -89,6 +89,11 @@ class ChangeTests(FactsCase):
         self.do("change", "bob", "--expires", words["expires"], "--networks", words["networks"])
         self.assertEqual(self.scope(), before)
 
+    def test_mapped_networks(self) -> None:
+        """RFC 4291 section 2.5.5.2: an IPv4 client is known by its IPv4 address."""
+        self.do("change", "bob", "--networks", "::ffff:192.0.2.0/120")
+        self.assertEqual([*map(str, self.scope().networks)], ["192.0.2.0/24"])
+
     def test_past(self) -> None:
         result = self.good("change", "bob", "--db", self.db, "--expires", "2020-01-01")
         self.assertEqual(
@@ -101,7 +106,7 @@ class ChangeTests(FactsCase):
             self.assertIn("never", self.misused("change", "bob", "--expires", text))
         for text in (
             "", ",", " ", "10.1", "192.0.2.0/33", "localhost", "all", "192.0.2.0/24;10.0.0.0/8",
-            "::ffff:192.0.2.0/120", "any,10.0.0.0/8",
+            "any,10.0.0.0/8",
         ):  # fmt: skip
             self.assertIn("192.0.2.0/24", self.misused("change", "bob", "--networks", text))
         self.assertIn("--expires", self.misused("change", "bob"))

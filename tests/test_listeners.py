@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import shutil
 import socket
 import ssl
 import stat
 import subprocess
 import sys
+import tempfile
 from ipaddress import ip_network
 from unittest import mock
 
@@ -349,10 +351,16 @@ class SocketTests(TestCase):
         answer = yield deferToThread(ask, "127.0.0.1", port, self.context)
         self.assertEqual(answer, "+OK 127.0.0.1\n")
 
+    def short_path(self) -> str:
+        """A Unix socket's path has at most 107 octets (unix(7))."""
+        folder = tempfile.mkdtemp()
+        self.addCleanup(shutil.rmtree, folder)
+        return os.path.join(folder, "s")
+
     @inlineCallbacks
     def test_a_path_in_use(self):
         """By another server, or by what is no socket."""
-        path = os.path.abspath(self.mktemp())
+        path = self.short_path()
         port = yield listen(from_spec(reactor, f"unix:{path}", Keyring()), Factory())
         self.addCleanup(port.stopListening)
         with open(path + ".file", "x"):
@@ -365,7 +373,7 @@ class SocketTests(TestCase):
     @inlineCallbacks
     def test_the_log_stays_text(self):
         """At the end of a socket of systemd's, too: grep(1) stops where a NUL is."""
-        path = os.path.abspath(self.mktemp())
+        path = self.short_path()
         with socket.socket(socket.AF_UNIX) as made:
             made.bind(path)
             made.listen()

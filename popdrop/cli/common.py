@@ -13,7 +13,6 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import wraps
-from ipaddress import IPv6Network
 from typing import Any, Final, NoReturn
 
 import click
@@ -51,7 +50,6 @@ TIME: Final = "%Y-%m-%dT%H:%M:%SZ"
 _SHORT: Final = "%Y-%m-%d %H:%M"
 _TIMES: Final = ("%Y-%m-%d", "%Y-%m-%dT%H:%M", "%Y-%m-%dT%H:%MZ", TIME)
 
-_MAPPED: Final = IPv6Network("::ffff:0:0/96")
 
 Command = Callable[..., Any]
 Fact = str | bool | int | list[str] | None
@@ -158,13 +156,8 @@ def _networks(
         found = networks("", text)
     except ConfigError:
         found = ()
-    # An IPv4 client is known by its IPv4 address: in a mapped network there would be nobody.
-    if not found or any(isinstance(one, IPv6Network) and one.subnet_of(_MAPPED) for one in found):
-        raise click.BadParameter(
-            "write networks as 192.0.2.0/24,2001:db8::/32, IPv4 ones not as IPv6, or any",
-            ctx,
-            param,
-        )
+    if not found:
+        raise click.BadParameter("write networks as 192.0.2.0/24,2001:db8::/32, or any", ctx, param)
     return found
 
 
